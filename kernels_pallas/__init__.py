@@ -1,0 +1,20 @@
+"""The operations of Jet-Nemotron's linear attention, each with several implementations."""
+
+from kernels_pallas.dynamic_conv import dynamic_conv
+from kernels_pallas.gated_delta_rule import gated_delta_rule, gated_delta_step
+from kernels_pallas.segments import (
+    segment_ordinals,
+    segment_positions,
+    segment_starts,
+    validate_segment_ids,
+)
+
+__all__ = [
+    "dynamic_conv",
+    "gated_delta_rule",
+    "gated_delta_step",
+    "segment_ordinals",
+    "segment_positions",
+    "segment_starts",
+    "validate_segment_ids",
+]

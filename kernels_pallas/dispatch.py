@@ -1,0 +1,48 @@
+"""Choosing the implementation of an operation."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def dispatch(
+    op: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    implementation: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Calls one implementation of an operation.
+
+    Args:
+      op: name of the operation, for messages.
+      implementations: name to function, fastest first. A function that cannot take the arguments
+        raises `NotImplementedError` with the reason.
+      implementation: the one to call, without any fallback; None takes the first that supports
+        the arguments.
+      *args: passed on.
+      **kwargs: passed on.
+
+    Returns:
+      What the implementation returns.
+
+    Raises:
+      ValueError: `implementation` is not a known name.
+      NotImplementedError: the named implementation, or every one, cannot take the arguments.
+    """
+    if implementation is not None:
+        if implementation not in implementations:
+            known = ", ".join(repr(name) for name in implementations)
+            raise ValueError(
+                f"{op}: implementation={implementation!r} is unknown; use one of {known}, "
+                "or None for the fastest that supports the arguments"
+            )
+        return implementations[implementation](*args, **kwargs)
+    reasons = []
+    for name, function in implementations.items():
+        try:
+            return function(*args, **kwargs)
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+    raise NotImplementedError(
+        f"{op}: no implementation takes these arguments; " + "; ".join(reasons)
+    )

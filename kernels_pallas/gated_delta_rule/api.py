@@ -1,0 +1,184 @@
+"""The public functions: checks, defaults and the choice of implementation."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from kernels_pallas.checks import check_array, check_same_dtype, check_segment_ids
+from kernels_pallas.dispatch import dispatch
+from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference
+from kernels_pallas.gated_delta_rule.step import step_reference, step_xla
+
+CHUNK = {"reference": gated_delta_rule_reference}
+STEP = {"xla": step_xla, "reference": step_reference}
+
+
+def _check_heads(sizes: dict[str, int]) -> None:
+    if sizes["HV"] % sizes["H"]:
+        raise ValueError(
+            f"v has HV={sizes['HV']} heads and q, k have H={sizes['H']}: HV must be a multiple of H"
+        )
+
+
+def gated_delta_rule(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    g: ArrayLike | None,
+    beta: ArrayLike,
+    *,
+    scale: float | None = None,
+    initial_state: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    use_qk_l2norm: bool = False,
+    state_dtype: DTypeLike = jnp.float32,
+    chunk_size: int = 64,
+    axis_name: str | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the gated delta rule over a sequence.
+
+    Per head, with a state S [K, V] and tokens t = 0, 1, ...:
+
+        S~ = exp(g[t]) S;  delta = beta[t] (v[t] - S~^T k[t]);  S = S~ + k[t] delta^T
+        o[t] = scale · S^T q[t]
+
+    (Yang, Kautz and Hatamizadeh, "Gated Delta Networks", arXiv:2412.06464, equation 10.)
+
+    Differentiable in q, k, v, g, beta and initial_state, through both outputs. Sums are kept in
+    float32 whatever the inputs; float32 inputs are multiplied in full float32, bfloat16 inputs
+    as bfloat16.
+
+    Memory kept for the backward pass: "reference" keeps a state a token (K·V values a head);
+    "xla" keeps its inputs and `chunk_size` values a token and value head (named
+    "gated_delta_rule_inverse" for remat policies), and rebuilds one state a chunk (K·V /
+    chunk_size values a token and head) while the backward pass runs.
+
+    Args:
+      q: queries [B, T, H, K].
+      k: keys [B, T, H, K].
+      v: values [B, T, HV, V] of the same dtype; HV is a multiple of H, and value heads
+        h·HV/H, h·HV/H + 1, ... use query and key head h.
+      g: natural log of the decay [B, T, HV], at most 0; None is no decay.
+      beta: writing strength [B, T, HV], usually in 0..1.
+      scale: factor on the queries; None is 1/sqrt(K).
+      initial_state: [B, HV, K, V], the state before the first token; None is zeros.
+      segment_ids: [B, T] integers, 0 for padding. The state restarts from zeros at every segment
+        (a maximal run of one non-zero id) but the first of the row, which continues
+        initial_state. Padding leaves the state untouched, and o is 0 there. Values are not
+        checked here: see `validate_segment_ids`.
+      use_qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6) per head, in float32.
+      state_dtype: dtype of the returned state; inside it is float32.
+      chunk_size: tokens a chunk, a power of two from 16 to 256.
+      axis_name: mesh axis over which T is split, inside `shard_map`.
+      implementation: "reference" (token by token), "xla" (chunks), or None for the fastest that
+        supports the arguments. A named one never falls back.
+
+    Returns:
+      o [B, T, HV, V] in v's dtype, and the state [B, HV, K, V] after the last real token.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, a bad chunk_size, an unknown implementation.
+      NotImplementedError: the implementation cannot take the arguments, with the reason.
+    """
+    q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
+    sizes: dict[str, int] = {}
+    check_array(sizes, "q", q, "B T H K")
+    check_array(sizes, "k", k, "B T H K")
+    check_array(sizes, "v", v, "B T HV V")
+    check_array(sizes, "beta", beta, "B T HV")
+    if g is not None:
+        g = jnp.asarray(g)
+        check_array(sizes, "g", g, "B T HV")
+    if initial_state is not None:
+        initial_state = jnp.asarray(initial_state)
+        check_array(sizes, "initial_state", initial_state, "B HV K V")
+    check_same_dtype(q=q, k=k, v=v)
+    _check_heads(sizes)
+    if sizes["T"] == 0:
+        raise ValueError("q has T=0 tokens, expected at least one")
+    if segment_ids is not None:
+        segment_ids = jnp.asarray(segment_ids)
+        check_segment_ids(sizes, segment_ids)
+    if chunk_size not in (16, 32, 64, 128, 256):
+        raise ValueError(f"chunk_size={chunk_size}, expected 16, 32, 64, 128 or 256")
+    if not jnp.issubdtype(state_dtype, jnp.floating):
+        raise ValueError(f"state_dtype={state_dtype}, expected a floating-point dtype")
+    return dispatch(
+        "gated_delta_rule",
+        CHUNK,
+        implementation,
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale=scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        use_qk_l2norm=use_qk_l2norm,
+        state_dtype=jnp.dtype(state_dtype),
+        chunk_size=chunk_size,
+        axis_name=axis_name,
+    )
+
+
+def gated_delta_step(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    g: ArrayLike | None,
+    beta: ArrayLike,
+    state: ArrayLike,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the gated delta rule for one token: `gated_delta_rule` with T = 1, without chunks.
+
+    Sums are kept in float32. A row with beta = 0 and g = 0 keeps its state bit for bit: that is
+    how finished or empty rows are left alone.
+
+    Args:
+      q: queries [B, H, K].
+      k: keys [B, H, K].
+      v: values [B, HV, V] of the same dtype; HV is a multiple of H.
+      g: natural log of the decay [B, HV]; None is no decay.
+      beta: writing strength [B, HV].
+      state: [B, HV, K, V], float32 or bfloat16.
+      scale: factor on the queries; None is 1/sqrt(K).
+      use_qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6) per head, in float32.
+      implementation: "reference", "xla", or None for the fastest.
+
+    Returns:
+      o [B, HV, V] in v's dtype, and the new state in the state's dtype.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, an unknown implementation.
+    """
+    q, k, v, beta, state = (jnp.asarray(x) for x in (q, k, v, beta, state))
+    sizes: dict[str, int] = {}
+    check_array(sizes, "q", q, "B H K")
+    check_array(sizes, "k", k, "B H K")
+    check_array(sizes, "v", v, "B HV V")
+    check_array(sizes, "beta", beta, "B HV")
+    if g is not None:
+        g = jnp.asarray(g)
+        check_array(sizes, "g", g, "B HV")
+    check_array(sizes, "state", state, "B HV K V")
+    check_same_dtype(q=q, k=k, v=v)
+    _check_heads(sizes)
+    return dispatch(
+        "gated_delta_step",
+        STEP,
+        implementation,
+        q,
+        k,
+        v,
+        g,
+        beta,
+        state,
+        scale=scale,
+        use_qk_l2norm=use_qk_l2norm,
+    )
