@@ -84,26 +84,24 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = Path(path)
     data = map_file(path)
     header, start = _read_header(path, data)
-    available = len(data) - start
-    tensors: dict[str, np.ndarray] = {}
-    used = 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        spec, begin, end = _parse_entry(path, name, entry)
-        if end > available:
-            raise ValueError(
-                f"{path} is truncated: tensor {name!r} ends at byte {start + end} of the file, "
-                f"which has only {len(data)} ({end - available} missing); download it again"
-            )
-        used = max(used, end)
-        tensors[name] = _view(data, spec, start + begin)
-    if used != available:
+    entries = {
+        name: _parse_entry(path, name, entry)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    needed = start + max((end for _, _, end in entries.values()), default=0)
+    if needed > len(data):
+        cut = next(name for name, (_, _, end) in entries.items() if start + end > len(data))
         raise ValueError(
-            f"{path} holds {available - used} bytes after its last tensor, which no safetensors "
+            f"{path} is truncated: its tensors (such as {cut!r}) need {needed} bytes, the file has "
+            f"{len(data)} ({needed - len(data)} missing); download it again"
+        )
+    if needed < len(data):
+        raise ValueError(
+            f"{path} holds {len(data) - needed} bytes after its last tensor, which no safetensors "
             "file should; download it again"
         )
-    return tensors
+    return {name: _view(data, spec, start + begin) for name, (spec, begin, _) in entries.items()}
 
 
 def write_safetensors(
