@@ -1,0 +1,114 @@
+"""What decoding keeps: one state dataclass a kind of layer, of fixed shape.
+
+States are values: a mixer returns a new one and never changes the old; the caller donates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jet_jax.config import AttentionOptions, JetOptions, ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVState:
+    """Keys (after rotary embedding) and values of full attention, left-aligned.
+
+    `k`, `v`: [B, S, N, d]; slot i holds token i of the sequence.
+    """
+
+    k: Any
+    v: Any
+
+    @classmethod
+    def init(
+        cls, options: AttentionOptions, batch: int, max_length: int, dtype: Any, state_dtype: Any
+    ) -> KVState:
+        """Zeros for `batch` sequences of at most `max_length` tokens."""
+        shape = (batch, max_length, options.num_kv_heads, options.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WindowState:
+    """Keys and values of the last w tokens: [B, w, N, d]; token i lies in slot i mod w."""
+
+    k: Any
+    v: Any
+
+    @classmethod
+    def init(
+        cls, options: AttentionOptions, batch: int, max_length: int, dtype: Any, state_dtype: Any
+    ) -> WindowState:
+        """Zeros for `batch` sequences, whatever their length."""
+        assert options.window_size is not None
+        shape = (batch, options.window_size, options.num_kv_heads, options.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class JetState:
+    """A JetBlock's memory.
+
+    `conv`: the last W-1 raw value rows [B, W-1, H·V], oldest first; `recurrent`: the delta-rule
+    state [B, H, K, V] in the config's state_dtype.
+    """
+
+    conv: Any
+    recurrent: Any
+
+    @classmethod
+    def init(
+        cls, options: JetOptions, batch: int, max_length: int, dtype: Any, state_dtype: Any
+    ) -> JetState:
+        """Zeros for `batch` sequences, whatever their length."""
+        conv = (batch, options.conv_size - 1, options.value_width)
+        state = (batch, options.num_heads, options.head_dim, options.value_dim)
+        return cls(jnp.zeros(conv, dtype), jnp.zeros(state, state_dtype))
+
+
+STATES: dict[str, Any] = {"attn": KVState, "swa": WindowState, "jet": JetState}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The states of all layers and `length` [B] int32, the real tokens each row has seen.
+
+    Only the model advances `length`.
+    """
+
+    layers: tuple[Any, ...]
+    length: Any
+
+
+def init_cache(config: ModelConfig, batch: int, max_length: int) -> Cache:
+    """An empty cache for `batch` sequences of at most `max_length` tokens.
+
+    Keys, values and convolution rows take the config's `dtype`, recurrent states its
+    `state_dtype`. `config.cache_bytes(max_length, batch)` tells its size beforehand.
+    """
+    layers = tuple(
+        STATES[kind].init(
+            config.options(kind),
+            batch,
+            max_length,
+            jnp.dtype(config.dtype),
+            jnp.dtype(config.state_dtype),
+        )
+        for kind in config.layer_types
+    )
+    return Cache(layers, jnp.zeros((batch,), jnp.int32))
+
+
+def max_length(cache: Cache) -> int | None:
+    """The most tokens a row can hold, None when no layer sets a limit."""
+    sizes = [state.k.shape[1] for state in cache.layers if isinstance(state, KVState)]
+    return min(sizes) if sizes else None

@@ -1,0 +1,429 @@
+"""Hugging Face config.json to ModelConfig and back, old and new spellings.
+
+Each supported architecture is one reader and one writer. A config is exported under the first
+architecture whose writer, read back, gives the same ModelConfig: that equality is the only test
+of what an architecture can hold.
+
+Sources: transformers' configuration classes and rope utilities (defaults, precedence of keys);
+the two config files of the Jet-Nemotron repository.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jet_jax.config import AttentionOptions, JetOptions, ModelConfig, RopeOptions
+
+HYBRID_MODEL_TYPE = "jet_jax_hybrid"
+
+# Class defaults that a config.json may leave out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": {"tie_word_embeddings": False, "max_position_embeddings": 32768},
+    "qwen3": {"tie_word_embeddings": False, "max_position_embeddings": 32768, "head_dim": 128},
+    "llama": {
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 131072,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "jet_nemotron": {"tie_word_embeddings": True, "max_position_embeddings": 32768},
+}
+_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+
+
+class _Values:
+    """Config values with the architecture's defaults and errors that name the model type."""
+
+    def __init__(self, values: Mapping[str, Any], model_type: str):
+        self.values = {**_DEFAULTS[model_type], **values}
+        self.model_type = model_type
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def need(self, key: str) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            raise ValueError(f"the {self.model_type} config has no {key!r}")
+        return value
+
+    def refuse(self, key: str, allowed: tuple[Any, ...]) -> None:
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            raise ValueError(
+                f"{self.model_type} with {key}={value!r} is not supported "
+                f"(only {' or '.join(repr(a) for a in allowed)})"
+            )
+
+
+def _rope(v: _Values, layer_type: str, theta_default: float, theta_key: str = "rope_theta"):
+    """Rotary options of one layer type from `rope_parameters` (new) or `rope_scaling` (old)."""
+    params = v.get("rope_scaling") or v.get("rope_parameters") or {}
+    if any(isinstance(p, Mapping) for p in params.values()):
+        params = params.get(layer_type) or {}
+    kind = params.get("rope_type", params.get("type", "default"))
+    partial = params.get("partial_rotary_factor", v.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise ValueError(
+            f"{v.model_type} with partial_rotary_factor={partial} is not supported (only 1.0)"
+        )
+    theta = params.get("rope_theta") or v.get(theta_key, theta_default)
+    if kind == "default":
+        return RopeOptions(theta=float(theta))
+    max_length = v.need("max_position_embeddings")
+    original = v.get(
+        "original_max_position_embeddings",
+        params.get("original_max_position_embeddings") or max_length,
+    )
+    factor = params.get("factor")
+    if factor is None:
+        if kind != "yarn":
+            raise ValueError(f"{v.model_type}: rope type {kind!r} needs a 'factor'")
+        factor = max_length / original
+    out: dict[str, Any] = {"theta": float(theta), "kind": kind, "factor": float(factor)}
+    if kind in ("llama3", "yarn"):
+        out["original_max_position_embeddings"] = original
+    if kind == "llama3":
+        for key in ("low_freq_factor", "high_freq_factor"):
+            if key not in params:
+                raise ValueError(f"{v.model_type}: rope type 'llama3' needs {key!r}")
+            out[key] = float(params[key])
+    if kind == "yarn":
+        for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
+            if params.get(key):
+                out[key] = float(params[key])
+        out["truncate"] = params.get("truncate", True)
+    return RopeOptions(**out)
+
+
+def _attention(v: _Values, rope: RopeOptions, **changes: Any) -> AttentionOptions:
+    heads = v.need("num_attention_heads")
+    head_dim = v.get("head_dim")
+    if head_dim is None:
+        hidden = v.need("hidden_size")
+        if hidden % heads:
+            raise ValueError(
+                f"hidden_size={hidden} is not divisible by num_attention_heads={heads} and the "
+                "config names no head_dim"
+            )
+        head_dim = hidden // heads
+    kv_heads = v.get("num_key_value_heads", heads)
+    return AttentionOptions(heads, kv_heads, head_dim, rope=rope, **changes)
+
+
+def _common(v: _Values, layer_types: list[str], mixers: dict[str, Any], **changes: Any):
+    if v.get("num_hidden_layers", len(layer_types)) != len(layer_types):
+        raise ValueError(
+            f"num_hidden_layers={v.get('num_hidden_layers')} but layer_types has "
+            f"{len(layer_types)} entries"
+        )
+    dtype = str(v.get("dtype", v.get("torch_dtype", "bfloat16"))).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{v.model_type} with dtype={dtype!r} is not supported")
+    fields = {
+        "rms_norm_eps": float(v.get("rms_norm_eps", 1e-6)),
+        "hidden_act": v.get("hidden_act", "silu"),
+        "tie_word_embeddings": bool(v.need("tie_word_embeddings")),
+        "max_position_embeddings": v.need("max_position_embeddings"),
+        "initializer_range": float(v.get("initializer_range", 0.02)),
+        "dtype": _DTYPES[dtype],
+    }
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields[key] = v.get(key)
+    used = {kind: options for kind, options in mixers.items() if kind in layer_types}
+    return ModelConfig(
+        vocab_size=v.need("vocab_size"),
+        hidden_size=v.need("hidden_size"),
+        intermediate_size=v.need("intermediate_size"),
+        layer_types=tuple(layer_types),
+        mixers=used,
+        **(fields | changes),
+    )
+
+
+_LAYER_NAMES = {"full_attention": "attn", "sliding_attention": "swa"}
+
+
+def _translate(v: _Values, names: Any) -> list[str]:
+    for i, name in enumerate(names):
+        if name not in _LAYER_NAMES:
+            raise ValueError(
+                f"{v.model_type}: layer type {name!r} at layer {i} is not supported; "
+                f"known: {', '.join(_LAYER_NAMES)}"
+            )
+    return [_LAYER_NAMES[name] for name in names]
+
+
+def _read_transformers(v: _Values) -> ModelConfig:
+    """qwen2, qwen3 and llama: they differ in biases, q/k norm and windows."""
+    v.refuse("mlp_bias", (False,))
+    v.refuse("pretraining_tp", (1,))
+    v.refuse("use_mrope", (False,))
+    v.refuse("hidden_act", ("silu",))
+    bias = bool(v.get("attention_bias", False))
+    if v.model_type == "qwen2":
+        changes = {"qkv_bias": True}
+    elif v.model_type == "qwen3":
+        changes = {"qkv_bias": bias, "o_bias": bias, "qk_norm": True}
+    else:
+        changes = {"qkv_bias": bias, "o_bias": bias}
+    layers = v.need("num_hidden_layers")
+    windowed = v.model_type != "llama" and v.get("use_sliding_window", False)
+    window = v.get("sliding_window", 4096) if windowed else None
+    if v.get("layer_types") is not None and v.model_type != "llama":
+        kinds = _translate(v, v.need("layer_types"))
+        if "swa" in kinds and window is None:
+            raise ValueError(
+                f"{v.model_type}: layer_types holds 'sliding_attention' but use_sliding_window "
+                "is false"
+            )
+    elif window is not None:
+        first = v.get("max_window_layers", 28)
+        kinds = ["swa" if i >= first else "attn" for i in range(layers)]
+    else:
+        kinds = ["attn"] * layers
+    mixers: dict[str, Any] = {"attn": _attention(v, _rope(v, "full_attention", 10000.0), **changes)}
+    if "swa" in kinds:
+        rope = _rope(v, "sliding_attention", 10000.0)
+        mixers["swa"] = _attention(v, rope, window_size=window, **changes)
+    return _common(v, kinds, mixers)
+
+
+def _read_gemma3(v: _Values) -> ModelConfig:
+    v.refuse("use_bidirectional_attention", (False,))
+    v.refuse("attn_logit_softcapping", ())
+    v.refuse("final_logit_softcapping", ())
+    bias = bool(v.get("attention_bias", False))
+    layers = v.need("num_hidden_layers")
+    pattern = v.get("sliding_window_pattern", v.get("_sliding_window_pattern", 6))
+    names = v.get("layer_types") or [
+        "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)
+    ]
+    kinds = _translate(v, names)
+    changes = {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "qk_norm": True,
+        "query_scale": float(v.need("query_pre_attn_scalar")) ** -0.5,
+    }
+    nested = v.get("rope_parameters")
+    if nested and not any(isinstance(p, Mapping) for p in nested.values()):
+        raise ValueError(
+            "gemma3_text: rope_parameters must hold one entry for 'full_attention' and one for "
+            "'sliding_attention'"
+        )
+    # An old rope_scaling speaks of the full-attention layers only.
+    local = _Values({**v.values, "rope_scaling": None}, v.model_type)
+    mixers = {
+        "attn": _attention(v, _rope(v, "full_attention", 1e6), **changes),
+        "swa": _attention(
+            v,
+            _rope(local, "sliding_attention", 1e4, "rope_local_base_freq"),
+            window_size=v.need("sliding_window"),
+            **changes,
+        ),
+    }
+    return _common(
+        v,
+        kinds,
+        mixers,
+        hidden_act=v.get("hidden_activation", v.get("hidden_act")),
+        norm_offset=1.0,
+        use_post_norms=True,
+        embedding_scale=True,
+    )
+
+
+def _read_jet_nemotron(v: _Values) -> ModelConfig:
+    v.refuse("hidden_act", ("silu",))
+    v.refuse("use_mrope", (False,))
+    layers = v.need("num_hidden_layers")
+    kinds = v.get("layer_types") or ["attn"] * layers
+    if isinstance(kinds, str):
+        kinds = ast.literal_eval(kinds)
+    efficient = v.get("efficient_attention_config", {})
+    mixers: dict[str, Any] = {}
+    attention = _attention(v, _rope(v, "full_attention", 10000.0), qkv_bias=True)
+    mixers["attn"] = attention
+    if "swa" in kinds:
+        window = efficient.get("swa", {}).get("window_size")
+        if window is None:
+            raise ValueError("jet_nemotron: efficient_attention_config.swa.window_size is missing")
+        mixers["swa"] = _attention(v, attention.rope, qkv_bias=True, window_size=int(window))
+    if "jet" in kinds:
+        jet = efficient.get("jet")
+        if jet is None:
+            raise ValueError("jet_nemotron: efficient_attention_config.jet is missing")
+        mixers["jet"] = JetOptions(
+            num_heads=jet.get("num_heads", 6),
+            head_dim=jet.get("head_dim", 256),
+            expand_v=jet.get("expand_v", 2.0),
+            conv_size=jet.get("conv_size", 4),
+            generator_reduction=jet.get("dconv_generator_reduction", 8),
+            norm_eps=float(jet.get("norm_eps", 1e-5)),
+        )
+    return _common(v, list(kinds), mixers)
+
+
+_READERS = {
+    "qwen2": _read_transformers,
+    "qwen3": _read_transformers,
+    "llama": _read_transformers,
+    "gemma3_text": _read_gemma3,
+    "jet_nemotron": _read_jet_nemotron,
+}
+
+
+def from_hf(values: Mapping[str, Any] | str) -> ModelConfig:
+    """Reads a Hugging Face config; see `ModelConfig.from_hf`."""
+    text = values if isinstance(values, str) else json.dumps(dict(values), indent=2)
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the config is not JSON: {error}") from error
+    model_type = parsed.get("model_type")
+    if model_type == HYBRID_MODEL_TYPE:
+        return ModelConfig.from_dict(parsed["config"]).replace(hf_json=text)
+    if model_type not in _READERS:
+        known = ", ".join([*_READERS, HYBRID_MODEL_TYPE])
+        raise ValueError(f"model_type {model_type!r} is not supported; supported: {known}")
+    return _READERS[model_type](_Values(parsed, model_type)).replace(hf_json=text)
+
+
+def _write_rope(rope: RopeOptions) -> dict[str, Any]:
+    out: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.kind != "default":
+        out["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn"):
+        out["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    if rope.kind == "llama3":
+        out |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.kind == "yarn":
+        out |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        out |= {"truncate": rope.truncate}
+        for key in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(rope, key) is not None:
+                out[key] = getattr(rope, key)
+    return out
+
+
+def _write(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    """A config.json of that architecture, right only if reading it back gives `config`."""
+    architecture = {
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "llama": "LlamaForCausalLM",
+        "gemma3_text": "Gemma3ForCausalLM",
+        "jet_nemotron": "JetNemotronForCausalLM",
+    }[model_type]
+    mixers = dict(config.mixers)
+    attention = mixers.get("attn") or mixers.get("swa")
+    out: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "torch_dtype": config.dtype,
+    }
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, key)
+        out[key] = list(value) if isinstance(value, tuple) else value
+    if attention is not None:
+        out["num_attention_heads"] = attention.num_heads
+        out["num_key_value_heads"] = attention.num_kv_heads
+        out["head_dim"] = attention.head_dim
+    names = {ours: theirs for theirs, ours in _LAYER_NAMES.items()}
+    if model_type == "jet_nemotron":
+        if attention is None:  # attention sizes are required keys even when no layer uses them
+            heads = next(h for h in (12, 8, 4, 2, 1) if config.hidden_size % h == 0)
+            out |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+        out.pop("head_dim", None)
+        out |= {"hidden_act": config.hidden_act, "layer_types": list(config.layer_types)}
+        rope = attention.rope if attention is not None else RopeOptions()
+        scaling = _write_rope(rope)
+        out |= {"rope_theta": scaling.pop("rope_theta")}
+        out |= {"rope_scaling": None if rope.kind == "default" else scaling}
+        efficient: dict[str, Any] = {}
+        if "jet" in mixers:
+            jet = mixers["jet"]
+            efficient["jet"] = {
+                "mode": "chunk",
+                "expand_v": jet.expand_v,
+                "num_heads": jet.num_heads,
+                "head_dim": jet.head_dim,
+                "norm_eps": jet.norm_eps,
+                "conv_size": jet.conv_size,
+                "dconv_generator_reduction": jet.generator_reduction,
+                "dconv_implementation": "triton",
+            }
+        if "swa" in mixers:
+            efficient["swa"] = {"window_size": mixers["swa"].window_size}
+        out["efficient_attention_config"] = efficient
+        return out
+    out["layer_types"] = [names[kind] for kind in config.layer_types]
+    if model_type == "gemma3_text":
+        out["hidden_activation"] = config.hidden_act
+        out["attention_bias"] = attention.qkv_bias
+        out["query_pre_attn_scalar"] = round(attention.scale**-2)
+        out["sliding_window"] = mixers["swa"].window_size if "swa" in mixers else 4096
+        out["rope_parameters"] = {
+            names[kind]: _write_rope(options.rope) for kind, options in config.mixers
+        }
+        return out
+    out["hidden_act"] = config.hidden_act
+    if model_type != "qwen2":
+        out["attention_bias"] = attention.qkv_bias
+    if model_type == "llama":
+        del out["layer_types"]
+    else:
+        out["use_sliding_window"] = "swa" in mixers
+        out["sliding_window"] = mixers["swa"].window_size if "swa" in mixers else None
+    out["rope_parameters"] = _write_rope(attention.rope)
+    return out
+
+
+def _says(values: Mapping[str, Any] | str, config: ModelConfig) -> bool:
+    """Whether a Hugging Face config describes this model (its number formats apart)."""
+    read = from_hf(values)
+    return read.replace(dtype=config.dtype, state_dtype=config.state_dtype) == config
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The Hugging Face config of a model; see `ModelConfig.to_hf`."""
+    if config.hf_json is not None and _says(config.hf_json, config):
+        return json.loads(config.hf_json)
+    for model_type in _READERS:
+        try:
+            candidate = _write(config, model_type)
+            if _says(candidate, config):
+                return candidate
+        except (ValueError, KeyError, AttributeError):
+            continue  # this architecture cannot say it
+    return {
+        "model_type": HYBRID_MODEL_TYPE,
+        "architectures": ["HybridLM"],
+        "config": config.replace(hf_json=None).to_dict(),
+    }

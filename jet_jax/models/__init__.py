@@ -1,0 +1,1 @@
+"""The hybrid language model and its parts."""

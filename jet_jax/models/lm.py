@@ -1,0 +1,212 @@
+"""The hybrid language model: embedding, layers, final norm, head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jet_jax.cache import Cache
+from jet_jax.config import ModelConfig
+from jet_jax.mixers.context import Context
+from jet_jax.models.block import Block
+from jet_jax.models.linear import linear, precision
+from jet_jax.models.norm import RMSNorm
+from jet_jax.models.remat import remat
+from jet_jax.sharding import constrain
+from kernels_pallas import segment_positions
+
+COLLECTABLE = ("hidden_states", "mixer_outputs")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a forward pass returns.
+
+    Attributes:
+      logits: float32, [B, T, E], or [B, E] when `logits_at` picks one position a row, or None.
+      hidden: [B, T, D] after the final norm.
+      features: `{"hidden_states": L+1 arrays [B, T, D], "mixer_outputs": L arrays}` as asked for.
+        Hidden states are the input of layer 0, the outputs of layers 0 … L-2, and `hidden`.
+      cache: the new cache, None when none was given.
+    """
+
+    logits: Any
+    hidden: Any
+    features: dict[str, tuple[Any, ...]]
+    cache: Any
+
+
+class HybridLM(nnx.Module):
+    """A decoder whose layers mix by `config.layer_types`; weights named as in Hugging Face.
+
+    `remat` names what each layer keeps for its backward pass (`jet_jax.models.remat`).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32):
+        self.config = config
+        self.remat = "none"
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=param_dtype,
+            embedding_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
+        self.layers = nnx.List(
+            [Block(config, kind, rngs=rngs, param_dtype=param_dtype) for kind in config.layer_types]
+        )
+        self.norm = RMSNorm(
+            config.hidden_size,
+            config.rms_norm_eps,
+            offset=config.norm_offset,
+            param_dtype=param_dtype,
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = linear(
+                config.hidden_size,
+                config.vocab_size,
+                dtype=config.dtype,
+                param_dtype=param_dtype,
+                stddev=config.initializer_range,
+                rngs=rngs,
+            )
+
+    def head_kernel(self) -> Float[Array, "D E"]:
+        """The head's matrix; the transposed embedding when tied."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
+
+    def head(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+        """Float32 logits of normalised hidden states."""
+        dtype = jnp.dtype(self.config.dtype)
+        return jnp.dot(
+            hidden.astype(dtype),
+            self.head_kernel().astype(dtype),
+            precision=precision(dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T E"]:
+        """Float32 logits of every position: `forward(tokens, segment_ids=...).logits`."""
+        return self.forward(tokens, segment_ids=segment_ids).logits
+
+    def forward(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        logits_at: Any = None,
+        collect: Sequence[str] = (),
+    ) -> Output:
+        """Runs the model.
+
+        Args:
+          tokens: ids below the vocabulary size.
+          segment_ids: packed or padded rows. A segment is a maximal run of one non-zero id, and an
+            id does not recur in a row; 0 is padding. None means that every token is real and each
+            row one sequence. With a cache there is one sequence a row, which the tokens continue.
+          positions: token positions; by default they count the real tokens of each sequence
+            from 0. Not to be given with a cache.
+          cache: continues the cached sequences: T = 1 decodes, T > 1 prefills a chunk.
+          logits_at: None for all positions; "last" for each row's last real token; an int [B]
+            array of positions in the row; "none" to skip the head.
+          collect: names of intermediate results to return, of `COLLECTABLE`.
+
+        Returns:
+          An `Output`.
+
+        Raises:
+          ValueError: for shapes or names that do not fit.
+        """
+        self._check(tokens, segment_ids, positions, cache, logits_at, collect)
+        length = tokens.shape[1]
+        shift = None
+        if cache is not None and segment_ids is not None and length > 1:
+            # Mixers expect a chunk's padding at its end: rows padded on the left move over.
+            shift = jnp.argmax(segment_ids != 0, axis=1)
+            tokens, segment_ids = _roll(tokens, shift), _roll(segment_ids, shift)
+        real = jnp.ones_like(tokens) if segment_ids is None else (segment_ids != 0).astype("int32")
+        if positions is None:
+            if cache is not None:
+                positions = cache.length[:, None] + jnp.cumsum(real, axis=1) - 1
+            elif segment_ids is not None:
+                positions = segment_positions(segment_ids)
+            else:
+                positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+        ctx = Context(segment_ids, positions, None if cache is None else cache.length)
+
+        x = self.embed_tokens(tokens)
+        if self.config.embedding_scale:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        x = constrain(x, "btd")
+        hidden_states, mixer_outputs, states = [x], [], []
+        for i, layer in enumerate(self.layers):
+            state = None if cache is None else cache.layers[i]
+            with jax.named_scope(f"layer_{i}"):
+                apply = remat(lambda layer, *args: layer(*args), self.remat)
+                x, mixed, state, shared = apply(layer, x, ctx, state)
+            ctx = dataclasses.replace(ctx, shared=shared)
+            hidden_states.append(x)
+            mixer_outputs.append(mixed)
+            states.append(state)
+        hidden = self.norm(x)
+        hidden_states[-1] = hidden
+        available = {"hidden_states": hidden_states, "mixer_outputs": mixer_outputs}
+        features = {name: tuple(available[name]) for name in collect}
+        if cache is not None:
+            cache = Cache(tuple(states), cache.length + jnp.sum(real, axis=1, dtype=jnp.int32))
+        if shift is not None:
+            hidden = _roll(hidden, -shift)
+            real = _roll(real, -shift)
+            features = {k: tuple(_roll(f, -shift) for f in v) for k, v in features.items()}
+        return Output(self._logits(hidden, real, logits_at), hidden, features, cache)
+
+    def _logits(self, hidden: Array, real: Array, logits_at: Any) -> Array | None:
+        if isinstance(logits_at, str) and logits_at == "none":
+            return None
+        if logits_at is None:
+            return constrain(self.head(hidden), "bte")
+        if isinstance(logits_at, str):
+            logits_at = jnp.max(jnp.arange(real.shape[1]) * real, axis=1)
+        picked = jnp.take_along_axis(hidden, jnp.asarray(logits_at)[:, None, None], axis=1)[:, 0]
+        return self.head(picked)
+
+    def _check(self, tokens, segment_ids, positions, cache, logits_at, collect) -> None:
+        for name, array in (("segment_ids", segment_ids), ("positions", positions)):
+            if array is not None and array.shape != tokens.shape:
+                raise ValueError(
+                    f"{name} has shape {array.shape}, but tokens has {tokens.shape}"
+                )
+        if cache is not None:
+            if positions is not None:
+                raise ValueError("positions follow from the cache; give one or the other")
+            if len(cache.layers) != len(self.layers) or cache.length.shape != tokens.shape[:1]:
+                raise ValueError(
+                    f"the cache has {len(cache.layers)} layers and {cache.length.shape[0]} rows, "
+                    f"but the model has {len(self.layers)} layers and tokens {tokens.shape[0]} rows"
+                )
+        if isinstance(logits_at, str) and logits_at not in ("last", "none"):
+            raise ValueError(f"logits_at={logits_at!r}: use None, 'last', 'none' or indices [B]")
+        for name in collect:
+            if name not in COLLECTABLE:
+                raise ValueError(f"collect: unknown {name!r}; known: {', '.join(COLLECTABLE)}")
+
+
+def _roll(x: Array, shift: Int[Array, " B"]) -> Array:
+    """Moves each row's columns left by `shift[b]`, round the end."""
+    length = x.shape[1]
+    index = (jnp.arange(length) + shift[:, None]) % length
+    return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
