@@ -1,12 +1,18 @@
 """The mesh, the table of rules and the batch checks."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jet_jax import sharding
+from jet_jax import params, sharding
+from jet_jax.config import ModelConfig
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +106,13 @@ def test_constrain_inside_shard_map_does_nothing(mesh):
 
     mapped = jax.shard_map(body, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     np.testing.assert_array_equal(mapped(jnp.zeros((2, 1, 1))), 1)
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in GOLDEN.glob("*/config.json")))
+def test_every_weight_of_every_architecture_hits_a_named_rule(folder, mesh):
+    config = ModelConfig.from_hf((GOLDEN / folder / "config.json").read_text())
+    _, weights = params.abstract(config)
+    vectors = re.compile(r"(\.|^)(scale|bias|A_log|dt_bias)$")
+    for path, x in params.flatten(weights).items():
+        rule = sharding.placement(path, x.shape, mesh).rule
+        assert (rule == "replicated") == bool(vectors.search(path)), (path, rule)

@@ -1,0 +1,206 @@
+"""The training step and the evaluation step: pure functions of a state and a batch.
+
+Precision: parameters, gradients and moments are float32; the weights are cast to the model's
+compute dtype inside the loss, so the gradients come back in float32. Under `fsdp` the cast happens
+on the shards and the gathers move the small dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, PyTree
+
+from jet_jax import losses, optim, sharding
+
+# Not cast: gates that need float32, and the two weights that are cast where they are used. The
+# embedding's gradient is a scatter-add over tokens, which bfloat16 would round at every addition.
+KEEP_FLOAT32 = r"(^|\.)(A_log|dt_bias|embed_tokens\.embedding|lm_head\.kernel)$"
+
+Batch = dict[str, Any]
+Metrics = dict[str, Float[Array, ""]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class TrainState:
+    """Everything that a training step changes, and the frozen weights.
+
+    Attributes:
+      step: updates done, int32 [].
+      params: nested dict of the parameters that train, float32.
+      frozen: nested dict of the parameters that do not.
+      opt_state: state of the optimizer, for `params` only.
+    """
+
+    step: Any
+    params: Any
+    frozen: Any
+    opt_state: Any
+
+    def all_params(self) -> dict:
+        """Trained and frozen parameters in one nested dict."""
+        return optim.combine(self.params, self.frozen)
+
+
+def init_state(
+    params: PyTree, freeze: tuple[str, ...], optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Builds the state of a run that has done no step.
+
+    Args:
+      params: nested dict of all parameters.
+      freeze: patterns of frozen paths, see `optim.partition`.
+      optimizer: from `optim.make_optimizer`.
+    """
+    trainable, frozen = optim.partition(params, freeze)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+
+
+def cast_params(params: PyTree, dtype: Any) -> PyTree:
+    """Casts floating-point weights to a compute dtype, all but those of `KEEP_FLOAT32`."""
+
+    def cast(path, x):
+        keep = re.search(KEEP_FLOAT32, sharding.dotted(path))
+        return x if keep or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def batch_loss(
+    graphdef: Any, params: PyTree, batch: Batch, dtype: Any, z_loss: float = 0.0
+) -> tuple[Float[Array, ""], Metrics]:
+    """Sums the next-token loss of a batch, in nats; see `losses.cross_entropy`.
+
+    Args:
+      graphdef: the model's structure, from `params.split`.
+      params: nested dict of all parameters.
+      batch: `tokens`, `targets`, `segment_ids`, `positions` int32 [B,T], `loss_mask` float32 [B,T].
+      dtype: compute dtype.
+      z_loss: coefficient of the squared log-partition.
+
+    Returns:
+      `(total, sums)`: the differentiable sum, and `loss`, `tokens`, `correct`.
+    """
+    model = nnx.merge(graphdef, cast_params(params, dtype))
+    out = model.forward(
+        batch["tokens"],
+        segment_ids=batch["segment_ids"],
+        positions=batch["positions"],
+        logits_at="none",
+    )
+    return losses.cross_entropy(
+        out.hidden, model.head_kernel(), batch["targets"], batch["loss_mask"], z_loss=z_loss
+    )
+
+
+def make_train_step(
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    dtype: Any,
+    accumulation: int = 1,
+    z_loss: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds the jitted training step.
+
+    With accumulation the batch is worked off in equal parts, and the gradient is that of the mean
+    over all tokens of the whole batch: parts with fewer tokens weigh less, so the result is that of
+    one large batch.
+
+    Args:
+      graphdef: the model's structure.
+      optimizer: from `optim.make_optimizer`.
+      schedule: its learning rate, for the metrics.
+      state: the state, or its `ShapeDtypeStruct`s; gives structure and shapes.
+      mesh: the mesh; the caller keeps `jax.set_mesh(mesh)` in force.
+      dtype: compute dtype.
+      accumulation: number of parts that a batch is worked off in.
+      z_loss: coefficient of the squared log-partition.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`; the old state's buffers are donated. Metrics are
+      float32 scalars on device: `loss` (mean nats a token), `accuracy`, `tokens`, `grad_norm`
+      (before clipping) and `lr`.
+    """
+    state_shardings = sharding.shardings(state, mesh)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
+
+        def loss(params, part):
+            params = optim.combine(params, state.frozen)
+            total, sums = batch_loss(graphdef, params, part, dtype, z_loss)
+            return total / tokens, sums
+
+        grad = jax.grad(loss, has_aux=True)
+        if accumulation == 1:
+            grads, sums = grad(state.params, batch)
+        else:
+            grads, sums = _accumulate(grad, state.params, batch, accumulation)
+        grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": sums["loss"] / tokens,
+            "accuracy": sums["correct"] / tokens,
+            "tokens": sums["tokens"],
+            "grad_norm": optax.tree.norm(grads),
+            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+        # Without these a replicated vector may come back split after a step.
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    graphdef: Any, params: PyTree, mesh: Mesh, *, dtype: Any
+) -> Callable[[PyTree, Batch], Metrics]:
+    """Builds the jitted evaluation step: `(params, batch) -> {loss, tokens, correct}`, summed."""
+
+    def eval_step(params: PyTree, batch: Batch) -> Metrics:
+        return batch_loss(graphdef, params, batch, dtype)[1]
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(sharding.shardings(params, mesh), sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
+def _accumulate(grad, params, batch, parts):
+    """Sums gradients and counts over `parts` equal parts of a batch."""
+
+    def split(x):
+        # Row i goes to part i mod parts, so that every part is spread over all batch shards.
+        x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+        spec = PartitionSpec(None, sharding.BATCH_AXES)
+        mesh = jax.sharding.get_abstract_mesh()
+        return x if mesh.empty else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def one(carry, part):
+        return jax.tree.map(jnp.add, carry, grad(params, part)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (
+        jax.tree.map(jnp.zeros_like, params),
+        {"loss": zero, "tokens": zero, "correct": zero},
+    )
+    return jax.lax.scan(one, start, jax.tree.map(split, batch))[0]
