@@ -8,8 +8,9 @@ from kernels_pallas.checks import check_array, check_same_dtype, check_segment_i
 from kernels_pallas.dispatch import dispatch
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference
 from kernels_pallas.gated_delta_rule.step import step_reference, step_xla
+from kernels_pallas.gated_delta_rule.xla import gated_delta_rule_xla
 
-CHUNK = {"reference": gated_delta_rule_reference}
+CHUNK = {"xla": gated_delta_rule_xla, "reference": gated_delta_rule_reference}
 STEP = {"xla": step_xla, "reference": step_reference}
 
 
