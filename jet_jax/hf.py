@@ -1,0 +1,274 @@
+"""Hugging Face model directories: opens, loads and writes them.
+
+Names and layouts are in `hf_names`, files in `tensor_files`, configs in `hf_config`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jet_jax.config import ModelConfig
+from jet_jax.hf_names import EMBEDDING, HEAD, KNOWN_BUFFERS, Layout, expected, hf_specs
+from jet_jax.placing import build, check_dtype, place, targets, with_dtype
+from jet_jax.safetensors_files import TensorSpec
+from jet_jax.tensor_files import (
+    MAX_SHARD_BYTES,
+    TensorFiles,
+    open_tensor_files,
+    write_tensor_files,
+    write_text,
+)
+from jet_jax.weight_checks import check_weights
+
+# Files of a Hugging Face directory, besides config and weights, that belong to the model.
+_COMPANION_SUFFIXES = (".json", ".jinja", ".md", ".model", ".py", ".tiktoken", ".txt", ".vocab")
+_COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A Hugging Face directory whose weights are known to be those of its config.
+
+    Attributes:
+      directory: the directory.
+      config: the model.
+      files: its tensors.
+      names: Hugging Face name → (our dotted path, layout there, our shape).
+      stores_tied_head: the files hold `lm_head.weight` although it equals the embedding.
+    """
+
+    directory: Path
+    config: ModelConfig
+    files: TensorFiles
+    names: dict[str, tuple[str, Layout, tuple[int, ...]]]
+    stores_tied_head: bool
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape (ours) and stored dtype by our dotted path."""
+        return {
+            path: TensorSpec(shape, self.files.specs[name].dtype)
+            for name, (path, _, shape) in self.names.items()
+        }
+
+    def views(self) -> Iterable[tuple[str, np.ndarray]]:
+        """Yields (our dotted path, lazy read-only view in our layout), file by file."""
+        for name, array in self.files:
+            if name in self.names:
+                path, layout, shape = self.names[name]
+                yield path, layout.to_ours(array, shape)
+
+    def reader(self) -> Callable[[str], np.ndarray]:
+        """Returns a function from our dotted path to a lazy view in our layout."""
+        by_path = {
+            path: (name, layout, shape) for name, (path, layout, shape) in self.names.items()
+        }
+
+        def read(path: str) -> np.ndarray:
+            name, layout, shape = by_path[path]
+            return layout.to_ours(self.files.read(name), shape)
+
+        return read
+
+
+def read_config(directory: str | os.PathLike) -> ModelConfig:
+    """Reads the config.json of a Hugging Face directory.
+
+    Args:
+      directory: the directory.
+
+    Returns:
+      The model, which remembers the file's text.
+
+    Raises:
+      ValueError: there is no such directory or file, it is not JSON, or it describes a model that
+        is not supported; the message names the file.
+    """
+    path = Path(directory) / "config.json"
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is not a directory")
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no config.json; expected a Hugging Face directory")
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
+        if values.get("quantization_config"):
+            method = values["quantization_config"].get("quant_method", "unknown")
+            raise ValueError(
+                f"its weights are quantised ({method}), which is not supported; use the original "
+                "model in bfloat16, float16 or float32"
+            )
+        if values.get("model_type") == "gemma3":
+            raise ValueError(
+                "model_type 'gemma3' is an image-and-text model; supported is its text part, "
+                "'gemma3_text', in a directory of its own"
+            )
+        return ModelConfig.from_hf(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def open_hf(directory: str | os.PathLike) -> HFModel:
+    """Opens a Hugging Face directory and checks all names and shapes; reads no weights.
+
+    Args:
+      directory: the directory.
+
+    Returns:
+      The opened model.
+
+    Raises:
+      ValueError: see `read_config`, `open_tensor_files` and `check_weights`; also a tied model
+        with an `lm_head.weight` that differs from its embedding.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    files = open_tensor_files(directory)
+    names = expected(config)
+    stores_tied_head = config.tie_word_embeddings and HEAD in files.specs
+    shapes = {name: layout.hf_shape(shape) for name, (_, layout, shape) in names.items()}
+    found = {name: spec for name, spec in files.specs.items() if not KNOWN_BUFFERS.search(name)}
+    if stores_tied_head:
+        shapes[HEAD] = shapes[EMBEDDING]
+    model_type = json.loads(config.hf_json or "{}").get("model_type")
+    check_weights(shapes, found, str(directory), f"{model_type}, {config.num_layers} layers")
+    if stores_tied_head and not _equal_bits(files.read(HEAD), files.read(EMBEDDING)):
+        raise ValueError(
+            f"{directory}: config.json says tie_word_embeddings, but {HEAD} differs from "
+            f"{EMBEDDING}; set tie_word_embeddings to false in config.json, or remove {HEAD}"
+        )
+    return HFModel(directory, config, files, names, stores_tied_head)
+
+
+def load(
+    directory: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None
+) -> nnx.Module:
+    """Loads a Hugging Face directory.
+
+    Args:
+      directory: a directory with config.json and weights, of a model type that
+        `ModelConfig.from_hf` supports.
+      dtype: "bfloat16" or "float32": dtype of the weights and of the computation. None keeps the
+        stored dtypes and computes in the dtype of the config. `A_log` and `dt_bias` are float32 in
+        every case.
+      mesh: the mesh that the weights are spread over, by `sharding.RULES`; None puts all of them
+        on the default device.
+
+    Returns:
+      The `HybridLM`.
+
+    Raises:
+      ValueError: before any weight is read, if config and weights do not fit; see `open_hf`.
+    """
+    check_dtype(dtype)
+    opened = open_hf(directory)
+    config = with_dtype(opened.config, dtype)
+    stored = {path: spec.dtype for path, spec in opened.specs.items()}
+    wanted = targets(config, stored, dtype, mesh)
+    return build(config, {path: place(view, wanted[path]) for path, view in opened.views()})
+
+
+def write_hf(
+    directory: Path,
+    config: ModelConfig,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], np.ndarray],
+    *,
+    dtype: str | None = None,
+    store_tied_head: bool = False,
+    companions: str | os.PathLike | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Writes a Hugging Face directory into an existing, empty one.
+
+    Args:
+      directory: where to write.
+      config: the model.
+      specs: our shape and dtype by our dotted path.
+      read: gives the array, in our layout, of a dotted path.
+      dtype: what config.json is to say about the weights' dtype; None leaves it as it is.
+      store_tied_head: write a tied head once more as `lm_head.weight`, as some checkpoints do.
+      companions: directory with tokenizer and other files to copy along.
+      max_shard_bytes: the most bytes of weights in a file.
+      progress: called with the bytes of each tensor as it is written.
+    """
+    names = hf_specs(dict(specs))
+    if store_tied_head and HEAD not in names:
+        names[HEAD] = names[EMBEDDING]
+
+    def read_hf(name: str) -> np.ndarray:
+        path, layout, _ = names[name]
+        return layout.to_hf(read(path))
+
+    write_tensor_files(
+        directory,
+        {name: spec for name, (_, _, spec) in names.items()},
+        read_hf,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+    if companions is not None:
+        copy_companions(companions, directory)
+    # Last: without its config.json nothing takes the directory for a model.
+    write_text(directory / "config.json", config_text(config, dtype))
+
+
+def config_text(config: ModelConfig, dtype: str | None = None) -> str:
+    """Gives the text of a config.json: the original one, if it still describes the model.
+
+    Args:
+      config: the model.
+      dtype: the weights' dtype to be named; None leaves the original's word for it.
+
+    Returns:
+      The text.
+    """
+    text = config.hf_json
+    if text is None or ModelConfig.from_hf(text) != config:
+        text = json.dumps(config.to_hf(), indent=2) + "\n"
+    values = json.loads(text)
+    keys = [key for key in ("dtype", "torch_dtype") if key in values]
+    if dtype is None or all(values[key] == dtype for key in keys):
+        return text
+    return json.dumps(values | dict.fromkeys(keys, dtype), indent=2) + "\n"
+
+
+def copy_companions(source: str | os.PathLike, destination: str | os.PathLike) -> list[str]:
+    """Copies what belongs to a model besides config and weights: tokenizer, generation config, ….
+
+    Args:
+      source: a Hugging Face directory.
+      destination: an existing directory.
+
+    Returns:
+      The names of the files copied.
+    """
+    copied = []
+    for path in sorted(Path(source).iterdir()):
+        wanted = path.suffix in _COMPANION_SUFFIXES or path.stem in _COMPANION_NAMES
+        is_own = path.name == "config.json" or path.name.endswith(".index.json")
+        if path.is_file() and wanted and not is_own and not path.name.startswith("."):
+            shutil.copyfile(path, Path(destination) / path.name)
+            copied.append(path.name)
+    return copied
+
+
+def _equal_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    """Compares two arrays bit by bit, block by block (NaN equals NaN, no copy of the whole)."""
+    if left.dtype != right.dtype:
+        return False
+    rows = max(1, 2**24 // max(1, left[:1].nbytes))
+    return all(
+        left[i : i + rows].tobytes() == right[i : i + rows].tobytes()
+        for i in range(0, len(left), rows)
+    )
