@@ -12,9 +12,19 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # parallel test worker
 
 def pytest_configure(config):
     """Parses absl's flags, which grain reads even outside an absl main."""
-    from absl import flags
-
     import grain  # noqa: F401  (defines the flags)
+    from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(sys.argv[:1])
+
+
+def pytest_collection_modifyitems(items):
+    """Skips tests that need an accelerator which is not there."""
+    import jax
+    import pytest
+
+    for item in items:
+        for marker in ("gpu", "tpu"):
+            if item.get_closest_marker(marker) and jax.default_backend() != marker:
+                item.add_marker(pytest.mark.skip(reason=f"needs a {marker.upper()}"))

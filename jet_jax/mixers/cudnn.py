@@ -6,6 +6,8 @@ dtype; in bfloat16 that is an error of about 2⁻⁹ of its size, too much for m
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -40,7 +42,7 @@ def attention_with_lse(
     elif lengths is not None:
         mask_type = MaskType.PADDING
         q_lengths = jnp.full(lengths.shape, q.shape[1], jnp.int32)
-    out, lse = dot_product_attention(
+    result: Any = dot_product_attention(
         q,
         k.astype(q.dtype),
         v.astype(q.dtype),
@@ -50,4 +52,5 @@ def attention_with_lse(
         mask_type=mask_type,
         return_residual=True,
     )
+    out, lse = result[:2]
     return out, lse.transpose(0, 2, 1).astype(jnp.float32)
