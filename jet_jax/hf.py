@@ -201,7 +201,12 @@ def write_hf(
       companions: directory with tokenizer and other files to copy along.
       max_shard_bytes: the most bytes of weights in a file.
       progress: called with the bytes of each tensor as it is written.
+
+    Raises:
+      ValueError: the weights are not those of the config.
     """
+    shapes = {path: shape for path, _, shape in expected(config).values()}
+    check_weights(shapes, specs, "memory", f"{config.num_layers} layers")
     names = hf_specs(dict(specs))
     if store_tied_head and HEAD not in names:
         names[HEAD] = names[EMBEDDING]
@@ -248,7 +253,7 @@ def copy_companions(source: str | os.PathLike, destination: str | os.PathLike) -
 
     Args:
       source: a Hugging Face directory.
-      destination: an existing directory.
+      destination: where to; made if there is something to copy.
 
     Returns:
       The names of the files copied.
@@ -258,6 +263,7 @@ def copy_companions(source: str | os.PathLike, destination: str | os.PathLike) -
         wanted = path.suffix in _COMPANION_SUFFIXES or path.stem in _COMPANION_NAMES
         is_own = path.name == "config.json" or path.name.endswith(".index.json")
         if path.is_file() and wanted and not is_own and not path.name.startswith("."):
+            Path(destination).mkdir(exist_ok=True)
             shutil.copyfile(path, Path(destination) / path.name)
             copied.append(path.name)
     return copied
