@@ -1,6 +1,7 @@
 """What a run reads, as one frozen dataclass."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -9,7 +10,8 @@ class DataConfig:
     """Says which text a run reads and how it becomes batches.
 
     Attributes:
-      train: files, folders or globs of the training text (`sources.find_files`).
+      train: files, folders or globs of the training text (`sources.find_files`); one alone may be
+        a string. Kept as a tuple.
       valid: the same for the validation text; empty for none.
       tokenizer: folder with a Hugging Face tokenizer.
       seq_len: T, tokens a row.
@@ -31,8 +33,8 @@ class DataConfig:
         them when asked for.
     """
 
-    train: tuple[str, ...]
-    valid: tuple[str, ...] = ()
+    train: Sequence[str]
+    valid: Sequence[str] = ()
     tokenizer: str = ""
     seq_len: int = 2048
     batch_size: int = 8
@@ -69,12 +71,14 @@ class DataConfig:
         if not self.text_key:
             raise ValueError('data.text_key is empty; name the jsonl key with the text ("text")')
 
-    def local_batch(self, process_count: int) -> int:
+    def local_batch(self, process_index: int, process_count: int) -> int:
         """Returns the rows of a batch that each of `process_count` processes makes.
 
         Raises:
-          ValueError: the processes cannot share the batch evenly.
+          ValueError: the processes cannot share the batch evenly, or there is no such process.
         """
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"{process_index=} is not below {process_count=}")
         if self.batch_size % process_count:
             raise ValueError(
                 f"data.batch_size={self.batch_size} rows cannot be shared by {process_count} "

@@ -8,6 +8,7 @@ pipeline, no text, and `set_state` packs again from the start of the rows in han
 import json
 import re
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ _DOCUMENTS_AHEAD = 8  # documents read ahead by each thread
 _PACK_TOKENS, _PACK_ROWS = 2**20, 512
 
 
-def _documents(config: DataConfig, patterns: tuple[str, ...], vocab_size: int):
+def _documents(config: DataConfig, patterns: Sequence[str], vocab_size: int):
     source = TextSource(patterns, text_key=config.text_key, doc_separator=config.doc_separator)
     tokenizer = load_tokenizer(config.tokenizer, vocab_size)
     tokenize = Tokenize.make(tokenizer, config.add_bos, config.add_eos)
@@ -171,9 +172,7 @@ def make_train_iterator(
       ValueError: files are missing, of an unknown type, damaged, malformed or without text; the
         tokenizer is missing or larger than `vocab_size`; the batch does not divide.
     """
-    rows = config.local_batch(process_count)
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} is not below process_count")
+    rows = config.local_batch(process_index, process_count)
     source, tokenize = _documents(config, config.train, vocab_size)
     pack_rows = config.pack_rows or max(rows, min(_PACK_TOKENS // config.seq_len, _PACK_ROWS))
     documents = grain.MapDataset.source(source)
@@ -199,9 +198,9 @@ def make_train_iterator(
             batches, prefetch_buffer_size=config.prefetch
         )
     settings = config.stream_settings()
-    settings |= {"add_bos": tokenize.add_bos, "pack_rows": pack_rows}
+    settings |= {"add_bos": bool(tokenize.before), "pack_rows": pack_rows}
     settings |= {"documents": len(source), "bytes": source.num_bytes}
-    settings |= {"token_ids": tokenize.tokenizer.vocab_size}
+    settings |= {"token_ids": tokenize.backend.get_vocab_size()}
     return TrainIterator(
         iter(batches),
         {"process_index": process_index, "process_count": process_count, "settings": settings},
@@ -235,7 +234,7 @@ def make_valid_batches(
     Raises:
       ValueError: as `make_train_iterator`.
     """
-    rows = config.local_batch(process_count)
+    rows = config.local_batch(process_index, process_count)
     if not config.valid:
         return []
     source, tokenize = _documents(config, config.valid, vocab_size)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import grain
 import numpy as np
+import tokenizers
 from grain import experimental
 from jaxtyping import Int32
 
@@ -21,11 +22,14 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize(grain.transforms.Map):
-    """Maps a document's text to its ids, with the special tokens around it."""
+    """Maps a document's text to its ids, with the special tokens around it.
 
-    tokenizer: TextTokenizer
-    add_bos: bool
-    add_eos: bool
+    It holds the Rust tokenizer alone: worker processes then need not import transformers.
+    """
+
+    backend: tokenizers.Tokenizer
+    before: tuple[int, ...]
+    after: tuple[int, ...]
 
     @classmethod
     def make(cls, tokenizer: TextTokenizer, add_bos: bool | None, add_eos: bool) -> "Tokenize":
@@ -35,6 +39,7 @@ class Tokenize(grain.transforms.Map):
           ValueError: the tokenizer has no token for what is to be added.
         """
         add_bos = tokenizer.adds_bos if add_bos is None else add_bos
+        around = []
         for option, wanted, token in (
             ("bos", add_bos, tokenizer.bos_id),
             ("eos", add_eos, tokenizer.eos_id),
@@ -44,14 +49,13 @@ class Tokenize(grain.transforms.Map):
                     f"data.add_{option}=True, but the tokenizer has no {option} token; name one in "
                     f"its tokenizer_config.json ({option}_token) or set data.add_{option}=False"
                 )
-        return cls(tokenizer, add_bos, add_eos)
+            around.append((token,) if wanted else ())
+        return cls(tokenizer.hf.backend_tokenizer, *around)
 
     def map(self, element: str) -> Int32[np.ndarray, "T"]:
         """Returns the ids of one document."""
-        ids = self.tokenizer.encode(element)
-        before = [self.tokenizer.bos_id] if self.add_bos else []
-        after = [self.tokenizer.eos_id] if self.add_eos else []
-        return np.concatenate([np.asarray(before, np.int32), ids, np.asarray(after, np.int32)])
+        ids = self.backend.encode(element, add_special_tokens=False).ids
+        return np.asarray([*self.before, *ids, *self.after], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

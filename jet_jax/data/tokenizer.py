@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class TextTokenizer:
         ids = self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, np.int32)
 
-    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable, *, skip_special: bool = True) -> str:
         """Returns the text of token ids."""
         ids = [int(i) for i in ids]
         return self.hf.backend_tokenizer.decode(ids, skip_special_tokens=skip_special)
