@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -236,6 +236,56 @@ def constrain(x: Array, dims: str) -> Array:
         fits = bool(axes) and size % math.prod(mesh.shape[a] for a in axes) == 0
         entries.append(axes if fits else None)
     return jax.lax.with_sharding_constraint(x, P(*entries))
+
+
+def shard_kernel(
+    function: Callable[..., Array], dims: Sequence[str | None], out_dims: str
+) -> Callable[..., Array]:
+    """Runs a hand-written kernel on each device's own rows and heads.
+
+    A compiler cannot split a Pallas kernel, so under the mesh set by `jax.set_mesh` the function is
+    wrapped in `shard_map`; without a mesh it is returned as it is. The one place where kernels meet
+    the mesh.
+
+    Args:
+      function: takes as many arrays as `dims` has entries, and works row by row and head by head.
+      dims: for each argument the letters of `constrain`, or None for one that is None.
+      out_dims: the same for the result.
+
+    Returns:
+      The function over global arrays. An axis is used only if it divides every argument's dimension
+      that asks for it, so heads and KV heads are always split alike.
+    """
+
+    def wrapped(*args: Array | None) -> Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+            return function(*args)
+        present = [(a, d) for a, d in zip(args, dims, strict=True) if a is not None and d]
+
+        def usable(axes: tuple[str, ...]) -> bool:
+            sizes = [
+                size
+                for array, letters in present
+                for letter, size in zip(letters, array.shape, strict=True)
+                if _LETTERS[letter] == axes
+            ]
+            return all(size % math.prod(mesh.shape[a] for a in axes) == 0 for size in sizes)
+
+        def spec(letters: str | None) -> PartitionSpec:
+            axes = [_LETTERS[letter] for letter in letters or ""]
+            return P(*(a if a and usable(a) else None for a in axes))
+
+        return jax.shard_map(
+            function,
+            in_specs=tuple(
+                spec(d) if a is not None else None for a, d in zip(args, dims, strict=True)
+            ),
+            out_specs=spec(out_dims),
+            check_vma=False,
+        )(*args)
+
+    return wrapped
 
 
 def current_batch_shards(batch: int) -> int:

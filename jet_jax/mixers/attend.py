@@ -2,11 +2,13 @@
 
 | operation                 | GPU, bfloat16 / float16               | elsewhere, and float32 |
 |---------------------------|---------------------------------------|------------------------|
-| training                  | cuDNN, causal, window honoured        | XLA                    |
-| training, packed rows     | cuDNN with a mask, T <= 8192          | XLA with a mask        |
+| training                  | cuDNN, causal, window honoured        | XLA (*)                |
+| training, packed rows     | cuDNN with a mask, T <= 8192          | XLA with a mask (*)    |
 | prefill chunk over a cache| cuDNN: past + chunk, merged by their  | XLA with a mask        |
 |                           | log-sum-exp                           |                        |
 | decode                    | cuDNN with key/value lengths          | XLA with a mask        |
+
+(*) On a TPU in 16 bits splash attention takes whole rows, packed or not.
 
 `is_causal` and `local_window_size` of `jax.nn.dot_product_attention` are aligned to the top left
 when T != S, so a chunk over a cache never uses them across the two lengths.
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jet_jax.cache import KVState, WindowState
+from jet_jax.mixers import splash
 from jet_jax.mixers.context import Context
 from jet_jax.mixers.cudnn import attention_with_lse
 
@@ -75,6 +78,8 @@ def causal(
     Raises:
       ValueError: for packed rows longer than `MAX_MASKED_LENGTH` on cuDNN.
     """
+    if jax.default_backend() == "tpu" and splash.supports(q):
+        return splash.splash_attention(q, k, v, scale=scale, window=window, segment_ids=segment_ids)
     if segment_ids is None:
         return _attention(q, k, v, scale=scale, is_causal=True, window=window)
     length = q.shape[1]
