@@ -68,6 +68,8 @@ def test_each_epoch_has_every_document_once_in_a_new_order(make_config, texts, f
     first, second = order[:count], order[count : 2 * count]
     assert sorted(first) == sorted(second) == list(range(count))
     assert first != second and first != sorted(first)
+    other = make_config(seq_len=64, pack_rows=1, batch_size=1, seed=4)
+    assert documents(take(train(other), 30), first_ids)[:count] != first
     fixed = make_config(seq_len=64, pack_rows=1, batch_size=1, shuffle=False)
     order = documents(take(train(fixed), 60), first_ids)
     assert order[: 2 * count] == [*range(count), *range(count)]

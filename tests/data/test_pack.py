@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jet_jax.data import load_tokenizer, make_valid_batches
-from jet_jax.data.pack import Windows
+from jet_jax.data.pack import Windows, to_batch
 
 
 def segments(batches):
@@ -66,3 +66,10 @@ def test_rows_are_well_filled(make_config):
     batches = make_valid_batches(make_config(seq_len=64), vocab_size=2048)
     used = np.concatenate([b["loss_mask"].mean(1) for b in batches])
     assert used[used > 0].mean() > 0.75
+
+
+def test_rows_with_recurring_segments_are_refused():
+    rows = {"tokens_segment_ids": np.asarray([[1, 1, 2, 1]]), "tokens": np.ones((1, 4), np.int32)}
+    rows |= {"targets": rows["tokens"], "tokens_positions": np.asarray([[0, 1, 0, 0]])}
+    with pytest.raises(ValueError, match="row 0, column 3: id 1 is lower than an id before it"):
+        to_batch(rows)

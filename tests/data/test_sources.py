@@ -108,6 +108,7 @@ def test_files_folders_and_globs(tmp_path):
         ("a.txt.zst", zstd(JSONL)[:-1], r"a\.txt\.zst: .*truncated"),
         ("a.txt.zst", b"plain", r"a\.txt\.zst: cannot be decompressed"),
     ],
+    ids=lambda value: "data" if isinstance(value, bytes) else value,
 )
 def test_refused_files(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
