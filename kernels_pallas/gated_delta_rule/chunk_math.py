@@ -83,10 +83,8 @@ def decay_factors(
     grid = 2.0 ** math.floor(info.nmant + 1 - math.log2(size * -lowest))
     g = jnp.maximum(g, lowest)
     coarse = jnp.round(g * grid) / grid
-    parts = [jnp.cumsum(part, axis=-1) for part in (coarse, g - coarse)]
-
-    row = jnp.arange(size)
-    mask = row[:, None] >= row[None, :]
+    mask = jnp.tri(size, dtype=bool)
+    parts = [dot("ij,...j->...i", mask, part, g.dtype) for part in (coarse, g - coarse)]
     between = sum(part[..., :, None] - part[..., None, :] for part in parts)
     from_start = parts[0] + parts[1]
     to_end = sum(part[..., -1:] - part for part in parts)
@@ -108,16 +106,45 @@ def strictly_lower(x: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
     return jnp.tril(x, -1)
 
 
-def unit_lower_inverse(a: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
-    """Inverts I + a, a strictly lower triangular, by substitution.
+def unit_lower_inverse(a: Float[Array, "*N C C"], start: int = 16) -> Float[Array, "*N C C"]:
+    """Inverts I + a, a strictly lower triangular.
 
-    Powers of a (Neumann series, repeated squaring) cost fewer steps and fail for keys that point
-    the same way, as SiLU makes them: they grow to 1e20 before they cancel.
+    Diagonal blocks of `start` rows by substitution, row after row for all blocks at once; then
+    pairs of blocks are joined, [[X, 0], [B, Y]]^-1 = [[X^-1, 0], [-Y^-1 B X^-1, Y^-1]], doubling
+    the size until one is left. Every intermediate is the exact inverse of a part of I + a. Powers
+    of a (Neumann series, repeated squaring) take fewer steps and fail for keys that point the
+    same way, as SiLU makes them: they grow to 1e20 before they cancel. LAPACK's solver is not
+    used since its threads spin between the small calls and starve the rest of the program.
+
+    Args:
+      a: strictly lower triangular; C is a power of two and a multiple of `start`.
+      start: rows of the first blocks.
+
+    Returns:
+      The inverse.
     """
-    eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
-    return jax.lax.linalg.triangular_solve(
-        a + eye, eye, left_side=True, lower=True, unit_diagonal=True
-    )
+    lead, size = a.shape[:-2], a.shape[-1]
+    count = size // start
+    blocks = a.reshape(*lead, count, start, count, start)
+    blocks = jnp.stack([blocks[..., i, :, i, :] for i in range(count)], axis=-3)
+    eye = jnp.eye(start, dtype=a.dtype)
+
+    def solve_row(row, x):  # row `row` of a is zero from column `row` on
+        coefficients = jax.lax.dynamic_index_in_dim(blocks, row, axis=-2, keepdims=False)
+        solved = eye[row] - jnp.sum(coefficients[..., :, None] * x, axis=-2)
+        return jax.lax.dynamic_update_index_in_dim(x, solved, row, axis=-2)
+
+    x = jax.lax.fori_loop(1, start, solve_row, jnp.broadcast_to(eye, blocks.shape))
+    while count > 1:
+        size_now, count = size // count, count // 2
+        below = a.reshape(*lead, count, 2, size_now, count, 2, size_now)
+        below = jnp.stack([below[..., i, 1, :, i, 0, :] for i in range(count)], axis=-3)
+        x = x.reshape(*lead, count, 2, size_now, size_now)
+        upper, lower = x[..., 0, :, :], x[..., 1, :, :]
+        joined = dot("...ij,...jk->...ik", lower, below, a.dtype)
+        joined = -dot("...ij,...jk->...ik", joined, upper, a.dtype)
+        x = jnp.block([[upper, jnp.zeros_like(upper)], [joined, lower]])
+    return x[..., 0, :, :]
 
 
 def decay_gradient(
@@ -137,12 +164,10 @@ def decay_gradient(
     Returns:
       The gradient of g.
     """
-    size = pairs.shape[-1]
-    row = jnp.arange(size)
-    at_or_after = (row[None, :] >= row[:, None]).astype(pairs.dtype)  # [l, i]
-    spans = dot("li,...ij->...lj", at_or_after, pairs, pairs.dtype)
-    # Sums over j < l are built without row l: subtracting it again would cancel (ε_C is 1).
-    before = jnp.cumsum(to_end[..., :-1], axis=-1)
-    before = jnp.concatenate([jnp.zeros_like(to_end[..., :1]), before], axis=-1)
-    after = jax.lax.cumsum(from_start, axis=from_start.ndim - 1, reverse=True)
-    return jnp.sum(strictly_lower(spans), axis=-1) + after + before + whole[..., None]
+    # One product with a triangle of ones for all sums, and no sum that is taken back from
+    # another: sums over j < l as sums over j <= l less row l would cancel (ε_C is 1).
+    from_row = jnp.tri(pairs.shape[-1], dtype=pairs.dtype).T  # [l, i], i >= l
+    spans = dot("li,...ij->...lj", from_row, pairs, pairs.dtype)
+    spans += to_end[..., None, :]
+    after = dot("li,...i->...l", from_row, from_start, pairs.dtype)
+    return jnp.sum(strictly_lower(spans), axis=-1) + after + whole[..., None]
