@@ -222,7 +222,8 @@ def save_model(
     check_weights(shapes, given, "memory", f"{config.num_layers} layers")
     with new_directory(path, overwrite=overwrite) as work:
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-        with ocp.CheckpointManager(work, options=options) as manager:
+        handlers = {"params": _lean_handler(), "config": ocp.JsonCheckpointHandler()}
+        with ocp.CheckpointManager(work, options=options, item_handlers=handlers) as manager:
             manager.save(
                 0,
                 args=ocp.args.Composite(
@@ -232,6 +233,18 @@ def save_model(
             )
         if tokenizer_dir is not None:
             copy_companions(tokenizer_dir, work / TOKENIZER)
+
+
+def _lean_handler() -> ocp.PyTreeCheckpointHandler:
+    """Returns a handler that copies no host array before it writes it, unlike the default one.
+
+    The copy guards against changes during an asynchronous save; ours waits.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    return ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, type_handler_registry=registry)
 
 
 def _checkpointer() -> ocp.Checkpointer:
