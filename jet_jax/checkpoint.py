@@ -240,8 +240,12 @@ def _lean_handler() -> ocp.PyTreeCheckpointHandler:
 
     The copy guards against changes during an asynchronous save; ours waits.
     """
+    try:
+        numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    except TypeError:  # Orbax before 0.12.8 always copies
+        numpy_handler = ocp.type_handlers.NumpyHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (np.ndarray, numpy_handler),
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     return ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, type_handler_registry=registry)
