@@ -22,6 +22,13 @@ def _require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_positive(name: str, value: Any) -> None:
+    _require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        f"{name}={value!r} must be an integer of at least 1",
+    )
+
+
 @dataclass(frozen=True)
 class RopeOptions:
     """Rotary position embedding: base, scaling kind and its numbers.
@@ -79,7 +86,7 @@ class AttentionOptions:
         if isinstance(self.rope, Mapping):
             object.__setattr__(self, "rope", _build(RopeOptions, self.rope, "rope"))
         for name in ("num_heads", "num_kv_heads", "head_dim"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+            _require_positive(name, getattr(self, name))
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}; "
@@ -89,10 +96,8 @@ class AttentionOptions:
             self.head_dim % 2 == 0,
             f"head_dim={self.head_dim} is odd; rotary embedding pairs the two halves of a head",
         )
-        _require(
-            self.window_size is None or self.window_size >= 1,
-            f"window_size={self.window_size} must be at least 1 (the token itself counts)",
-        )
+        if self.window_size is not None:
+            _require_positive("window_size (the token itself counts)", self.window_size)
 
     @property
     def scale(self) -> float:
@@ -139,7 +144,8 @@ class JetOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm_eps", float(self.norm_eps))
         for name in ("num_heads", "head_dim", "conv_size", "generator_reduction"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+            _require_positive(name, getattr(self, name))
+        _require(self.conv_size >= 2, f"conv_size={self.conv_size} must be at least 2")
         for what, exact, rounded in (
             ("head_dim * expand_v", self.head_dim * self.expand_v, self.value_dim),
             ("num_heads * head_dim * expand_v", self.key_width * self.expand_v, self.value_width),
@@ -260,7 +266,8 @@ class ModelConfig:
         if isinstance(self.eos_token_id, list | tuple):
             put("eos_token_id", tuple(self.eos_token_id))
         for name in ("vocab_size", "hidden_size", "intermediate_size"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+            _require_positive(name, getattr(self, name))
+        _require(self.rms_norm_eps > 0, f"rms_norm_eps={self.rms_norm_eps} must be positive")
         _require(len(self.layer_types) >= 1, "layer_types is empty; name one mixer a layer")
         known = ", ".join(OPTIONS)
         for i, kind in enumerate(self.layer_types):
@@ -387,6 +394,6 @@ class ModelConfig:
 
         A hybrid that no published architecture holds gets the model_type jet_jax_hybrid.
         """
-        from jet_jax import hf_config
+        from jet_jax import hf_config_export
 
-        return hf_config.to_hf(self)
+        return hf_config_export.to_hf(self)

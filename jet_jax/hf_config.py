@@ -1,8 +1,4 @@
-"""Hugging Face config.json to ModelConfig and back, old and new spellings.
-
-Each supported architecture is one reader and one writer. A config is exported under the first
-architecture whose writer, read back, gives the same ModelConfig: that equality is the only test
-of what an architecture can hold.
+"""Hugging Face config.json to ModelConfig, old and new spellings: one reader an architecture.
 
 Sources: transformers' configuration classes and rope utilities (defaults, precedence of keys);
 the two config files of the Jet-Nemotron repository.
@@ -21,8 +17,19 @@ HYBRID_MODEL_TYPE = "jet_jax_hybrid"
 
 # Class defaults that a config.json may leave out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "qwen2": {"tie_word_embeddings": False, "max_position_embeddings": 32768},
-    "qwen3": {"tie_word_embeddings": False, "max_position_embeddings": 32768, "head_dim": 128},
+    "qwen2": {
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+    },
+    "qwen3": {
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "head_dim": 128,
+    },
     "llama": {
         "tie_word_embeddings": False,
         "max_position_embeddings": 2048,
@@ -32,6 +39,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "tie_word_embeddings": True,
         "max_position_embeddings": 131072,
+        "num_key_value_heads": 4,
         "head_dim": 256,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
@@ -40,7 +48,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
         "hidden_act": "gelu_pytorch_tanh",
     },
-    "jet_nemotron": {"tie_word_embeddings": True, "max_position_embeddings": 32768},
+    "jet_nemotron": {
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 2,
+    },
 }
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 
@@ -77,6 +89,8 @@ def _rope(v: _Values, layer_type: str, theta_default: float, theta_key: str = "r
     if any(isinstance(p, Mapping) for p in params.values()):
         params = params.get(layer_type) or {}
     kind = params.get("rope_type", params.get("type", "default"))
+    if params.get("mrope_section"):
+        raise ValueError(f"{v.model_type} with mrope_section (multimodal rope) is not supported")
     partial = params.get("partial_rotary_factor", v.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(
@@ -156,17 +170,17 @@ def _common(v: _Values, layer_types: list[str], mixers: dict[str, Any], **change
     )
 
 
-_LAYER_NAMES = {"full_attention": "attn", "sliding_attention": "swa"}
+LAYER_NAMES = {"full_attention": "attn", "sliding_attention": "swa"}
 
 
 def _translate(v: _Values, names: Any) -> list[str]:
     for i, name in enumerate(names):
-        if name not in _LAYER_NAMES:
+        if name not in LAYER_NAMES:
             raise ValueError(
                 f"{v.model_type}: layer type {name!r} at layer {i} is not supported; "
-                f"known: {', '.join(_LAYER_NAMES)}"
+                f"known: {', '.join(LAYER_NAMES)}"
             )
-    return [_LAYER_NAMES[name] for name in names]
+    return [LAYER_NAMES[name] for name in names]
 
 
 def _read_transformers(v: _Values) -> ModelConfig:
@@ -174,7 +188,6 @@ def _read_transformers(v: _Values) -> ModelConfig:
     v.refuse("mlp_bias", (False,))
     v.refuse("pretraining_tp", (1,))
     v.refuse("use_mrope", (False,))
-    v.refuse("hidden_act", ("silu",))
     bias = bool(v.get("attention_bias", False))
     if v.model_type == "qwen2":
         changes = {"qkv_bias": True}
@@ -184,7 +197,7 @@ def _read_transformers(v: _Values) -> ModelConfig:
         changes = {"qkv_bias": bias, "o_bias": bias}
     layers = v.need("num_hidden_layers")
     windowed = v.model_type != "llama" and v.get("use_sliding_window", False)
-    window = v.get("sliding_window", 4096) if windowed else None
+    window = v.get("sliding_window") if windowed else None
     if v.get("layer_types") is not None and v.model_type != "llama":
         kinds = _translate(v, v.need("layer_types"))
         if "swa" in kinds and window is None:
@@ -210,7 +223,7 @@ def _read_gemma3(v: _Values) -> ModelConfig:
     v.refuse("final_logit_softcapping", ())
     bias = bool(v.get("attention_bias", False))
     layers = v.need("num_hidden_layers")
-    pattern = v.get("sliding_window_pattern", v.get("_sliding_window_pattern", 6))
+    pattern = v.get("sliding_window_pattern", 6)
     names = v.get("layer_types") or [
         "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)
     ]
@@ -227,10 +240,14 @@ def _read_gemma3(v: _Values) -> ModelConfig:
             "gemma3_text: rope_parameters must hold one entry for 'full_attention' and one for "
             "'sliding_attention'"
         )
-    # An old rope_scaling speaks of the full-attention layers only.
+    # An old rope_scaling speaks of the full-attention layers only, and adds to what is said there.
     local = _Values({**v.values, "rope_scaling": None}, v.model_type)
+    scaling = v.get("rope_scaling")
+    if scaling and nested:
+        scaling = {**(nested.get("full_attention") or {}), **scaling}
+    full = _Values({**v.values, "rope_scaling": scaling}, v.model_type)
     mixers = {
-        "attn": _attention(v, _rope(v, "full_attention", 1e6), **changes),
+        "attn": _attention(v, _rope(full, "full_attention", 1e6), **changes),
         "swa": _attention(
             v,
             _rope(local, "sliding_attention", 1e4, "rope_local_base_freq"),
@@ -255,10 +272,15 @@ def _read_jet_nemotron(v: _Values) -> ModelConfig:
     layers = v.need("num_hidden_layers")
     kinds = v.get("layer_types") or ["attn"] * layers
     if isinstance(kinds, str):
-        kinds = ast.literal_eval(kinds)
+        try:
+            kinds = list(ast.literal_eval(kinds))
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise ValueError(
+                f"jet_nemotron: layer_types={kinds!r} is not a list of layer types"
+            ) from error
     efficient = v.get("efficient_attention_config", {})
     mixers: dict[str, Any] = {}
-    attention = _attention(v, _rope(v, "full_attention", 10000.0), qkv_bias=True)
+    attention = _attention(v, _rope(v, "full_attention", 1e6), qkv_bias=True)
     mixers["attn"] = attention
     if "swa" in kinds:
         window = efficient.get("swa", {}).get("window_size")
@@ -280,7 +302,7 @@ def _read_jet_nemotron(v: _Values) -> ModelConfig:
     return _common(v, list(kinds), mixers)
 
 
-_READERS = {
+READERS = {
     "qwen2": _read_transformers,
     "qwen3": _read_transformers,
     "llama": _read_transformers,
@@ -296,134 +318,14 @@ def from_hf(values: Mapping[str, Any] | str) -> ModelConfig:
         parsed = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the config is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"the config is a JSON {type(parsed).__name__}, expected an object")
     model_type = parsed.get("model_type")
     if model_type == HYBRID_MODEL_TYPE:
+        if not isinstance(parsed.get("config"), dict):
+            raise ValueError(f"the {HYBRID_MODEL_TYPE} config has no 'config'")
         return ModelConfig.from_dict(parsed["config"]).replace(hf_json=text)
-    if model_type not in _READERS:
-        known = ", ".join([*_READERS, HYBRID_MODEL_TYPE])
+    if model_type not in READERS:
+        known = ", ".join([*READERS, HYBRID_MODEL_TYPE])
         raise ValueError(f"model_type {model_type!r} is not supported; supported: {known}")
-    return _READERS[model_type](_Values(parsed, model_type)).replace(hf_json=text)
-
-
-def _write_rope(rope: RopeOptions) -> dict[str, Any]:
-    out: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.kind != "default":
-        out["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn"):
-        out["original_max_position_embeddings"] = rope.original_max_position_embeddings
-    if rope.kind == "llama3":
-        out |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.kind == "yarn":
-        out |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        out |= {"truncate": rope.truncate}
-        for key in ("attention_factor", "mscale", "mscale_all_dim"):
-            if getattr(rope, key) is not None:
-                out[key] = getattr(rope, key)
-    return out
-
-
-def _write(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """A config.json of that architecture, right only if reading it back gives `config`."""
-    architecture = {
-        "qwen2": "Qwen2ForCausalLM",
-        "qwen3": "Qwen3ForCausalLM",
-        "llama": "LlamaForCausalLM",
-        "gemma3_text": "Gemma3ForCausalLM",
-        "jet_nemotron": "JetNemotronForCausalLM",
-    }[model_type]
-    mixers = dict(config.mixers)
-    attention = mixers.get("attn") or mixers.get("swa")
-    out: dict[str, Any] = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        "torch_dtype": config.dtype,
-    }
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config, key)
-        out[key] = list(value) if isinstance(value, tuple) else value
-    if attention is not None:
-        out["num_attention_heads"] = attention.num_heads
-        out["num_key_value_heads"] = attention.num_kv_heads
-        out["head_dim"] = attention.head_dim
-    names = {ours: theirs for theirs, ours in _LAYER_NAMES.items()}
-    if model_type == "jet_nemotron":
-        if attention is None:  # attention sizes are required keys even when no layer uses them
-            heads = next(h for h in (12, 8, 4, 2, 1) if config.hidden_size % h == 0)
-            out |= {"num_attention_heads": heads, "num_key_value_heads": heads}
-        out.pop("head_dim", None)
-        out |= {"hidden_act": config.hidden_act, "layer_types": list(config.layer_types)}
-        rope = attention.rope if attention is not None else RopeOptions()
-        scaling = _write_rope(rope)
-        out |= {"rope_theta": scaling.pop("rope_theta")}
-        out |= {"rope_scaling": None if rope.kind == "default" else scaling}
-        efficient: dict[str, Any] = {}
-        if "jet" in mixers:
-            jet = mixers["jet"]
-            efficient["jet"] = {
-                "mode": "chunk",
-                "expand_v": jet.expand_v,
-                "num_heads": jet.num_heads,
-                "head_dim": jet.head_dim,
-                "norm_eps": jet.norm_eps,
-                "conv_size": jet.conv_size,
-                "dconv_generator_reduction": jet.generator_reduction,
-                "dconv_implementation": "triton",
-            }
-        if "swa" in mixers:
-            efficient["swa"] = {"window_size": mixers["swa"].window_size}
-        out["efficient_attention_config"] = efficient
-        return out
-    out["layer_types"] = [names[kind] for kind in config.layer_types]
-    if model_type == "gemma3_text":
-        out["hidden_activation"] = config.hidden_act
-        out["attention_bias"] = attention.qkv_bias
-        out["query_pre_attn_scalar"] = round(attention.scale**-2)
-        out["sliding_window"] = mixers["swa"].window_size if "swa" in mixers else 4096
-        out["rope_parameters"] = {
-            names[kind]: _write_rope(options.rope) for kind, options in config.mixers
-        }
-        return out
-    out["hidden_act"] = config.hidden_act
-    if model_type != "qwen2":
-        out["attention_bias"] = attention.qkv_bias
-    if model_type == "llama":
-        del out["layer_types"]
-    else:
-        out["use_sliding_window"] = "swa" in mixers
-        out["sliding_window"] = mixers["swa"].window_size if "swa" in mixers else None
-    out["rope_parameters"] = _write_rope(attention.rope)
-    return out
-
-
-def _says(values: Mapping[str, Any] | str, config: ModelConfig) -> bool:
-    """Whether a Hugging Face config describes this model (its number formats apart)."""
-    read = from_hf(values)
-    return read.replace(dtype=config.dtype, state_dtype=config.state_dtype) == config
-
-
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The Hugging Face config of a model; see `ModelConfig.to_hf`."""
-    if config.hf_json is not None and _says(config.hf_json, config):
-        return json.loads(config.hf_json)
-    for model_type in _READERS:
-        try:
-            candidate = _write(config, model_type)
-            if _says(candidate, config):
-                return candidate
-        except (ValueError, KeyError, AttributeError):
-            continue  # this architecture cannot say it
-    return {
-        "model_type": HYBRID_MODEL_TYPE,
-        "architectures": ["HybridLM"],
-        "config": config.replace(hf_json=None).to_dict(),
-    }
+    return READERS[model_type](_Values(parsed, model_type)).replace(hf_json=text)

@@ -81,6 +81,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "max_window_layers": 28,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "qwen2_window_null": QWEN2
+    | {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
     "qwen2_old_linear": QWEN2
     | {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 3.0}},
     "qwen2_new_linear": QWEN2
@@ -141,6 +143,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama_old_llama3": LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE},
     "llama_yarn": LLAMA | {"rope_parameters": yarn(rope_theta=1e4, factor=8.0)},
     "llama_mha": LLAMA | {"num_key_value_heads": None, "rms_norm_eps": 1e-3},
+    "llama_gelu": LLAMA | {"hidden_act": "gelu_pytorch_tanh", "eos_token_id": [2, 3]},
     "llama_sliding_ignored": LLAMA | {"sliding_window": 4, "use_sliding_window": True},
     # Gemma 3.
     "gemma3_old": GEMMA
@@ -170,6 +173,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "gemma3_bias_untied": GEMMA
     | {"attention_bias": True, "tie_word_embeddings": False, "sliding_window_pattern": 2},
+    "gemma3_mixed_spelling": GEMMA
+    | {
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 3e5}},
+        "rope_scaling": {"factor": 4.0},
+        "rope_local_base_freq": 500.0,
+        "sliding_window_pattern": 2,
+    },
     "gemma3_silu": GEMMA | {"hidden_activation": "silu", "sliding_window_pattern": 2},
     "gemma3_all_full": GEMMA | {"layer_types": ["full_attention"] * 5},
     "gemma3_all_sliding": GEMMA | {"layer_types": ["sliding_attention"] * 5},
