@@ -376,7 +376,9 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """The inverse of `to_dict`. Raises ValueError naming an unknown or missing key."""
-        return _build(cls, dict(values), "the model config")
+        # JSON has no tuples.
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return _build(cls, values, "the model config")
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any] | str) -> ModelConfig:
