@@ -62,13 +62,14 @@ def dot(spec: str, a: jax.Array, b: jax.Array, operands: jnp.dtype) -> jax.Array
 
 
 def decay_factors(
-    g: Float[Array, "*N C"], segments: Int[Array, "*N C"] | None, before: Int[Array, "*N"] | None
+    g: Float[Array, "*N C"], segments: Int[Array, "... C"] | None, before: Int[Array, "..."] | None
 ) -> Decay:
     """Computes a chunk's decay factors.
 
     Args:
       g: log decays.
-      segments: number of the segment of each row, rising; None is one segment.
+      segments: number of the segment of each row, rising, of a shape that broadcasts against g;
+        None is one segment.
       before: number of the segment that the state before the chunk belongs to.
 
     Returns:

@@ -1,0 +1,46 @@
+import pytest
+
+from kernels_pallas.dispatch import dispatch
+
+
+def fast(x):
+    if x < 0:
+        raise NotImplementedError("x is negative")
+    if x == 0:
+        raise ValueError("x is zero")
+    return "fast"
+
+
+def slow(x):
+    if x == -2:
+        raise NotImplementedError("x is -2")
+    return "slow"
+
+
+TABLE = {"fast": fast, "slow": slow}
+
+
+def test_takes_the_first_that_supports_the_arguments():
+    assert dispatch("op", TABLE, None, 1) == "fast"
+    assert dispatch("op", TABLE, None, -1) == "slow"
+    assert dispatch("op", TABLE, "slow", 1) == "slow"
+
+
+def test_a_named_one_does_not_fall_back():
+    with pytest.raises(NotImplementedError, match="^x is negative$"):
+        dispatch("op", TABLE, "fast", -1)
+
+
+def test_wrong_arguments_are_not_a_reason_to_fall_back():
+    with pytest.raises(ValueError, match="x is zero"):
+        dispatch("op", TABLE, None, 0)
+
+
+def test_every_reason_is_told():
+    with pytest.raises(NotImplementedError, match="op: .*fast: x is negative; slow: x is -2"):
+        dispatch("op", TABLE, None, -2)
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(ValueError, match="op: implementation='quick' .*'fast', 'slow'"):
+        dispatch("op", TABLE, "quick", 1)
