@@ -200,7 +200,7 @@ class JetOptions:
     def mixing_flops(self, context: int) -> float:
         """Forward FLOPs a token of the recurrence (three matrix-vector products) and the taps."""
         state = self.num_heads * self.head_dim * self.value_dim
-        return 6 * state + 2 * self.conv_size * self.value_width
+        return float(6 * state + 2 * self.conv_size * self.value_width)
 
 
 OPTIONS: dict[str, type] = {
@@ -218,6 +218,8 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             raise ValueError(f"unknown key {key!r} in {where}; {hint}")
+    if isinstance(values.get("rope"), Mapping):
+        values = {**values, "rope": _build(RopeOptions, values["rope"], f"{where}['rope']")}
     try:
         return cls(**values)
     except TypeError as error:
