@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import Int32
 
 from jet_jax.decode import DeviceFunctions, Lanes
@@ -38,9 +38,9 @@ class Timing:
 
 
 def mesh_of(params: Any) -> contextlib.AbstractContextManager:
-    """A context with the mesh that the weights are spread over, an empty one if there is none."""
+    """A context with the mesh that the weights are on, an empty one if they are on none."""
     sharding = jax.tree.leaves(params)[0].sharding
-    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+    if isinstance(sharding, NamedSharding):
         return jax.set_mesh(sharding.mesh)
     return contextlib.nullcontext()
 
@@ -80,6 +80,10 @@ class Session:
             self.cache, self.lanes = self.functions.start(
                 lanes=len(self.schedule.occupant), max_length=self.max_length
             )
+        sharding = jax.tree.leaves(self.params)[0].sharding
+        if isinstance(sharding, SingleDeviceSharding):
+            # As the results of later calls will be: a change would compile everything twice.
+            self.cache, self.lanes = jax.device_put((self.cache, self.lanes), sharding)
 
     def run(self) -> Iterator[Piece]:
         """Yields the pieces of all requests."""
