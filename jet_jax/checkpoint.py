@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 from jet_jax.config import ModelConfig
 from jet_jax.directories import new_directory
 from jet_jax.hf import copy_companions
-from jet_jax.params import abstract, flatten, unflatten
-from jet_jax.placing import check_dtype, targets, with_dtype
+from jet_jax.params import flatten, unflatten
+from jet_jax.placing import check_dtype, targets, weight_specs, with_dtype
 from jet_jax.safetensors_files import TensorSpec
 from jet_jax.weight_checks import check_weights
 
@@ -121,10 +121,9 @@ def read_specs(path: str | os.PathLike, step: int | None = None) -> dict[str, Te
     config = read_config(where)
     tree = ocp.PyTreeCheckpointHandler().metadata(where / "params").tree
     found = {name: TensorSpec(tuple(x.shape), np.dtype(x.dtype)) for name, x in tree.items()}
-    model = flatten(abstract(config)[1])
-    shapes = {name: spec.shape for name, spec in model.items()}
+    shapes = {name: spec.shape for name, spec in weight_specs(config).items()}
     check_weights(shapes, found, str(where), f"{config.num_layers} layers")
-    return {name: found[name] for name in model}
+    return {name: found[name] for name in shapes}
 
 
 def restore_params(
@@ -217,7 +216,7 @@ def save_model(
             "convert it on one of them"
         )
     flat = flatten(params)
-    shapes = {name: spec.shape for name, spec in flatten(abstract(config)[1]).items()}
+    shapes = {name: spec.shape for name, spec in weight_specs(config).items()}
     given = {name: TensorSpec(tuple(x.shape), np.dtype(x.dtype)) for name, x in flat.items()}
     check_weights(shapes, given, "memory", f"{config.num_layers} layers")
     with new_directory(path, overwrite=overwrite) as work:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -42,7 +41,7 @@ class _Source:
 def convert(
     src: str | os.PathLike,
     dst: str | os.PathLike,
-    to: Literal["hf", "orbax"] | None = None,
+    to: str | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     console: Console | None = None,

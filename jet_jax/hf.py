@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jet_jax.config import ModelConfig
 from jet_jax.hf_names import EMBEDDING, HEAD, KNOWN_BUFFERS, Layout, expected, hf_specs
-from jet_jax.placing import build, check_dtype, place, targets, with_dtype
+from jet_jax.placing import build, check_dtype, place, targets, weight_specs, with_dtype
 from jet_jax.safetensors_files import TensorSpec
 from jet_jax.tensor_files import (
     MAX_SHARD_BYTES,
@@ -205,7 +205,7 @@ def write_hf(
     Raises:
       ValueError: the weights are not those of the config.
     """
-    shapes = {path: shape for path, _, shape in expected(config).values()}
+    shapes = {path: spec.shape for path, spec in weight_specs(config).items()}
     check_weights(shapes, specs, "memory", f"{config.num_layers} layers")
     names = hf_specs(dict(specs))
     if store_tied_head and HEAD not in names:

@@ -14,7 +14,7 @@ import re
 import numpy as np
 
 from jet_jax.config import ModelConfig
-from jet_jax.params import abstract, flatten
+from jet_jax.placing import weight_specs
 from jet_jax.safetensors_files import TensorSpec
 
 
@@ -113,7 +113,7 @@ def expected(config: ModelConfig) -> dict[str, tuple[str, Layout, tuple[int, ...
       Hugging Face name → (our dotted path, layout, our shape).
     """
     out = {}
-    for path, spec in flatten(abstract(config)[1]).items():
+    for path, spec in weight_specs(config).items():
         name, layout = hf_name(path)
         assert name not in out, f"{path} and {out[name][0]} are both {name}"
         out[name] = (path, layout, spec.shape)

@@ -111,7 +111,7 @@ def tokenizer_dir(path: str | os.PathLike) -> Path | None:
 def save(
     model: HybridLM,
     path: str | os.PathLike,
-    format: Literal["hf", "orbax"] = "hf",
+    format: str = "hf",
     *,
     overwrite: bool = False,
     tokenizer_dir: str | os.PathLike | None = None,

@@ -1,6 +1,8 @@
 """Puts stored weights on devices, in the dtype and the sharding that the model wants."""
 
 from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,6 +28,19 @@ def with_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
     return config if dtype is None else config.replace(dtype=dtype)
 
 
+@lru_cache(maxsize=16)
+def weight_specs(config: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Lists a model's weights: shape, and float32 or (for all that may be cast) bfloat16.
+
+    Args:
+      config: the model. Its compute dtypes change nothing here, nor do they count in its hash.
+
+    Returns:
+      Shape and dtype by dotted path, read-only.
+    """
+    return MappingProxyType(flatten(abstract(config, jnp.bfloat16)[1]))
+
+
 def targets(
     config: ModelConfig, stored: Mapping[str, Any], dtype: str | None, mesh: Mesh | None
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -41,13 +56,14 @@ def targets(
       Shape, dtype and sharding by dotted path. The vectors that a model always keeps in float32
       (`A_log`, `dt_bias`) are float32 whatever is stored or asked for.
     """
-    live = flatten(abstract(config, jnp.dtype(dtype or "bfloat16"))[1])
-    where = dict.fromkeys(live, _default_sharding()) if mesh is None else shardings(live, mesh)
+    specs = dict(weight_specs(config))
+    where = dict.fromkeys(specs, _default_sharding()) if mesh is None else shardings(specs, mesh)
     out = {}
-    for path, spec in live.items():
-        wanted = spec.dtype
-        if dtype is None and spec.dtype != jnp.float32:
-            wanted = jax.dtypes.canonicalize_dtype(stored[path])  # JAX has no float64 by default
+    for path, spec in specs.items():
+        wanted: Any = dtype or stored[path]
+        if spec.dtype == jnp.float32:
+            wanted = jnp.float32
+        wanted = jax.dtypes.canonicalize_dtype(wanted)  # JAX has no float64 by default
         out[path] = jax.ShapeDtypeStruct(spec.shape, wanted, sharding=where[path])
     return out
 
