@@ -43,17 +43,13 @@ def peak_flops(device: Any = None) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS if name in kind), None)
 
 
-def memory_bytes() -> tuple[str, int]:
-    """Peak memory so far: of the first device if it says so, else of this process.
-
-    Returns:
-      `(what, bytes)` with `what` either "device_memory" or "host_memory".
-    """
+def memory_bytes() -> dict[str, int]:
+    """Peak memory so far in bytes: `device_memory` of the first device, else `host_memory`."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
-        return "device_memory", int(stats["peak_bytes_in_use"])
+        return {"device_memory": int(stats["peak_bytes_in_use"])}
     unit = 1 if sys.platform == "darwin" else 1024
-    return "host_memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 class Throughput:
@@ -62,11 +58,16 @@ class Throughput:
     Args:
       flops_per_token: FLOPs of the training step a token: three times the forward pass;
         what remat computes again does not count.
-      peak: FLOP/s of all devices together, None if not known.
+      peak: FLOP/s of one device, None if not known.
     """
 
     def __init__(self, flops_per_token: float, peak: float | None):
-        self._flops, self._peak = flops_per_token, peak
+        self._flops = flops_per_token
+        self._peak = peak and peak * jax.device_count()
+        self.start()
+
+    def start(self) -> None:
+        """Begins a new stretch."""
         self._start, self._paused = time.perf_counter(), 0.0
 
     def lap(self, steps: int, tokens: int) -> dict[str, float]:
@@ -77,7 +78,7 @@ class Throughput:
         """
         now = time.perf_counter()
         seconds = max(now - self._start - self._paused, 1e-9)
-        self._start, self._paused = now, 0.0
+        self.start()
         out = {"step_seconds": seconds / steps, "tokens_per_second": tokens / seconds}
         if self._peak:
             out["mfu"] = tokens * self._flops / seconds / self._peak
@@ -86,6 +87,40 @@ class Throughput:
     def pause(self, seconds: float) -> None:
         """Takes time off the stretch: an evaluation, a sample, a checkpoint."""
         self._paused += seconds
+
+
+class Profiler:
+    """Records a profiler trace of a few steps into `WORKDIR/profile`.
+
+    Args:
+      workdir: the run's directory.
+      start: the first step to record.
+      steps: how many; 0 records nothing.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, start: int, steps: int):
+        self._directory = str(Path(workdir) / "profile")
+        self._first, self._last = (start, start + steps - 1) if steps else (None, None)
+        self._running = False
+
+    def before(self, step: int, ready: Any) -> None:
+        """To be called before a step; waits for `ready` so that only whole steps are recorded."""
+        if step == self._first:
+            jax.block_until_ready(ready)
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def after(self, step: int, ready: Any) -> None:
+        """To be called after a step."""
+        if step == self._last:
+            jax.block_until_ready(ready)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is being recorded."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 class MetricWriter:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,13 +28,17 @@ class Display:
     Args:
       steps: steps of the whole run.
       start: the step that the run starts from.
+      live: whether there may be a live line.
     """
 
-    def __init__(self, steps: int, start: int = 0):
-        self.console = Console(soft_wrap=True, highlight=False, quiet=jax.process_index() != 0)
+    def __init__(self, steps: int, start: int = 0, *, live: bool = True):
+        # Where there is no terminal to ask for its width, tables get enough of it.
+        width = None if Console().is_terminal else 120
+        quiet = jax.process_index() != 0
+        self.console = Console(soft_wrap=True, highlight=False, quiet=quiet, width=width)
         self._steps = steps
         self._progress = None
-        if self.console.is_terminal and not self.console.quiet:
+        if live and self.console.is_terminal and not self.console.quiet:
             columns = (
                 BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
                 TimeElapsedColumn(), TextColumn("left"), Remaining(),
@@ -73,6 +81,25 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def closing_words(workdir: Path, finished: bool, curve: Path | None, prompt: str) -> str:
+    """Says where a run's results are and what to type next."""
+    if "UV" in os.environ:
+        cli = "uv run --frozen jet-jax"
+    else:
+        cli = "jet-jax" if shutil.which("jet-jax") else f"{sys.executable} -m jet_jax"
+    lines = [
+        "",
+        "Finished." if finished else "Stopped; the same command continues.",
+        f"  model       {workdir}",
+        f"  loss curve  {curve}",
+        "Next:",
+        f'  {cli} generate {workdir} --prompt "{prompt}" --temperature 0.8',
+        f"  {cli} info {workdir}",
+        f"  {cli} convert {workdir} {workdir}-hf --to hf",
+    ]
+    return "\n".join(lines)
+
+
 def parameter_table(params: PyTree, mesh: Mesh, config: optim.OptimConfig) -> Table:
     """Lists a model's parameters; equal layers share a row.
 
@@ -90,7 +117,8 @@ def parameter_table(params: PyTree, mesh: Mesh, config: optim.OptimConfig) -> Ta
     sizes: dict[tuple, int] = {}
     for path, x in flatten(params).items():
         place = sharding.placement(path, x.shape, mesh)
-        where = ", ".join("-" if axis is None else str(axis) for axis in place.spec) or "whole"
+        where = ", ".join("-" if axis is None else str(axis) for axis in place.spec)
+        where = where if any(place.spec) else "whole"
         where += "".join(f" ({a} does not divide {n})" for a, n in place.dropped)
         frozen = any(re.search(pattern, path) for pattern in config.freeze)
         train = "frozen" if frozen else f"lr x {factors[path]:g}"

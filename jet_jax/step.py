@@ -20,6 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from jet_jax import losses, optim, sharding
+from jet_jax.config import ModelConfig
+from jet_jax.models.lm import HybridLM
+from jet_jax.params import split
 
 # Not cast: gates that need float32, and the two weights that are cast where they are used. The
 # embedding's gradient is a scatter-add over tokens, which bfloat16 would round at every addition.
@@ -49,6 +52,39 @@ class TrainState:
     def all_params(self) -> dict:
         """Trained and frozen parameters in one nested dict."""
         return optim.combine(self.params, self.frozen)
+
+
+def abstract_model(config: ModelConfig, remat: str = "none") -> tuple[Any, dict]:
+    """A model's structure and the shapes of its float32 weights.
+
+    Args:
+      config: the model.
+      remat: what a layer keeps for its backward pass, see `jet_jax.models.remat`.
+
+    Returns:
+      `(graphdef, params)`, the latter a nested dict of `ShapeDtypeStruct`s.
+    """
+    model = nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0)))
+    model.remat = remat
+    graphdef, params = split(model)
+    return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+
+def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> dict:
+    """Random float32 weights, each made where it will lie; equal on every mesh.
+
+    Args:
+      config: the model.
+      mesh: the mesh.
+      seed: seed of the random numbers.
+    """
+
+    def init(key):
+        return split(HybridLM(config, rngs=nnx.Rngs(key)))[1]
+
+    key = jax.random.key(seed)
+    where = sharding.shardings(jax.eval_shape(init, key), mesh)
+    return jax.jit(init, out_shardings=where)(key)
 
 
 def init_state(

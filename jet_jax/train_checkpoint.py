@@ -85,27 +85,32 @@ class TrainCheckpoints:
             ),
         )
 
-    def check_model(self, model: ModelConfig) -> None:
-        """Checks that the newest step is of this model.
+    def resolve_model(self, model: ModelConfig | None, init_from: str) -> ModelConfig:
+        """Says which model the run trains: the newest step's, else the one asked for.
+
+        Args:
+          model: the model asked for; None takes the one at `init_from`.
+          init_from: model directory that training starts from, or empty.
 
         Raises:
-          ValueError: it is of another one; the message names what differs.
+          ValueError: `model` is not the one of the newest step, or of `init_from`.
         """
-        saved = checkpoint.read_config(self.directory, self.latest)
-        if saved == model:
-            return
-        then, now = saved.to_dict(), model.to_dict()
-        skip = ("dtype", "state_dtype", "hf_json")  # how it is computed, not what it is
-        differences = [
-            f"  {name}: {then[name]!r} there, {now[name]!r} here"
-            for name in then
-            if name not in skip and then[name] != now[name]
-        ]
-        raise ValueError(
-            f"{self.workdir} holds a checkpoint (step {self.latest}) of another model:\n"
-            + "\n".join(differences)
-            + "\nGive another --workdir, or that model's config."
-        )
+        if self.latest is not None:
+            saved, where = checkpoint.read_config(self.directory, self.latest), self.workdir
+            advice = "Give another --workdir, or that model's config."
+        elif init_from:
+            saved, where = io.load_config(init_from), init_from
+            advice = "Leave config.model out to train the model in init_from."
+        else:
+            assert model is not None
+            return model
+        if model is None:
+            return saved
+        if saved != model:
+            raise ValueError(
+                f"{where} holds another model:\n{_differences(saved, model)}\n{advice}"
+            )
+        return model
 
     def restore(
         self, state: TrainState, data: TrainIterator, mesh: Mesh, freeze: tuple[str, ...]
@@ -148,6 +153,16 @@ class TrainCheckpoints:
     def close(self) -> None:
         """Waits, and ends the background threads."""
         self._manager.close()
+
+
+def _differences(there: ModelConfig, here: ModelConfig) -> str:
+    then, now = there.to_dict(), here.to_dict()
+    skip = ("dtype", "state_dtype", "hf_json")  # how it is computed, not what it is
+    return "\n".join(
+        f"  {name}: {then[name]!r} there, {now[name]!r} here"
+        for name in then
+        if name not in skip and then[name] != now[name]
+    )
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:

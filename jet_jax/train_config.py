@@ -9,6 +9,7 @@ from typing import Any
 
 from jet_jax.config import DTYPES, ModelConfig, _build
 from jet_jax.data.config import DataConfig
+from jet_jax.io import tokenizer_dir
 from jet_jax.models import remat
 from jet_jax.optim import OptimConfig
 
@@ -49,9 +50,10 @@ class TrainConfig:
     Attributes:
       steps: optimizer updates of the whole run.
       data: the text, see `DataConfig`.
-      model: the model; None takes the one at `init_from`.
+      model: the model; None takes the one at `init_from`, and with both they must be equal.
       init_from: a Hugging Face directory, converted model or workdir whose weights training starts
-        from; empty starts from random weights.
+        from, and whose tokenizer it uses unless `data.tokenizer` names another; empty starts from
+        random weights.
       optim: optimizer and schedule, see `OptimConfig`.
       mesh: device mesh.
       distributed: processes.
@@ -105,11 +107,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.model is None and not self.init_from:
             raise ValueError("give a model, or init_from=PATH of a model to start from.")
-        if self.model is not None and self.init_from:
-            raise ValueError(
-                f"init_from={self.init_from} brings its own model; set model to None "
-                "(the two may differ)."
-            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown; use {' or '.join(DTYPES)}.")
         for name in ("steps", "accumulation", "log_every", "keep_checkpoints"):
@@ -126,8 +123,14 @@ class TrainConfig:
             that do not fit.
         """
         values = dict(values)
+        if "sample_prompts" in values:
+            values["sample_prompts"] = tuple(values["sample_prompts"])
+        if values.get("init_from") and isinstance(values.get("data"), Mapping):
+            own = None if values["data"].get("tokenizer") else tokenizer_dir(values["init_from"])
+            values["data"] = {**values["data"], **({"tokenizer": str(own)} if own else {})}
+        if isinstance(values.get("model"), Mapping):
+            values["model"] = ModelConfig.from_dict(values["model"])
         sections = {
-            "model": ModelConfig,
             "data": DataConfig,
             "optim": OptimConfig,
             "mesh": MeshConfig,
@@ -136,8 +139,6 @@ class TrainConfig:
         for name, section in sections.items():
             if isinstance(values.get(name), Mapping):
                 values[name] = _build(section, values[name], name)
-        if "sample_prompts" in values:
-            values["sample_prompts"] = tuple(values["sample_prompts"])
         return _build(cls, values, "the config")
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,223 @@
+"""`train.py` as a user runs it: killed, stopped, resumed, and given bad settings."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+import train
+from jet_jax import checkpoint, io
+from jet_jax.metrics import read_records
+from jet_jax.params import flatten
+from jet_jax.train_config import TrainConfig
+
+# config_flags reads config files by an old function of Python's.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "tests/train_configs/tiny.py"
+
+
+def read_config(*arguments: str) -> TrainConfig:
+    """The settings as the command line gives them."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    command = ["train.py", f"--config={ROOT / CONFIG}", *arguments]
+    with mock.patch.object(sys, "argv", command):  # where config_flags looks for overrides
+        values(command)
+    return TrainConfig.from_dict(values.config.to_dict())
+
+
+def start(workdir: Path, cache: Path, *arguments: str) -> subprocess.Popen:
+    command = [
+        sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}",
+        f"--config.compile_cache={cache}", *arguments,
+    ]  # fmt: skip
+    log = open(workdir.with_suffix(".log"), "a")
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ})
+
+
+def finish(process: subprocess.Popen, workdir: Path) -> str:
+    code = process.wait(timeout=300)
+    output = workdir.with_suffix(".log").read_text()
+    assert code == 0, output[-3000:]
+    return output
+
+
+def signal_after(process: subprocess.Popen, workdir: Path, step: int, number: int) -> None:
+    """Sends a signal as soon as the records hold `step`."""
+    for _ in range(30000):
+        if any(r["step"] >= step for r in read_records(workdir, "train")):
+            process.send_signal(number)
+            return
+        assert process.poll() is None, workdir.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.01)
+    raise AssertionError("the run did not get so far")
+
+
+def final(workdir: Path) -> dict[str, np.ndarray]:
+    where = io.kind_of(workdir)[1]
+    assert where.name == "12"
+    return checkpoint.read_arrays(where, list(checkpoint.read_specs(where)))
+
+
+def losses(workdir: Path) -> list[tuple[int, str, float]]:
+    keys = ("train", "valid")
+    return [(r["step"], r["kind"], r["loss"]) for r in read_records(workdir) if r["kind"] in keys]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compile_cache")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    """The run that nothing happens to, in this process."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    before = jax.config.jax_compilation_cache_dir
+    run = train.prepare(read_config(f"--config.compile_cache={cache}"), workdir)
+    with jax.set_mesh(run.mesh):
+        assert train.loop(run)
+    jax.config.update("jax_compilation_cache_dir", before)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def killed(uninterrupted, cache):
+    """A run killed with SIGKILL between two checkpoints."""
+    workdir = uninterrupted.with_name("killed")
+    process = start(workdir, cache)
+    signal_after(process, workdir, 5, signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert checkpoint.steps(workdir / "checkpoints")[-1] < 12
+    return workdir
+
+
+def test_killed_stopped_and_resumed_run_is_bit_equal(uninterrupted, killed, cache):
+    workdir = killed.with_name("resumed")
+    shutil.copytree(killed, workdir)
+    process = start(workdir, cache)
+    signal_after(process, workdir, 8, signal.SIGTERM)
+    output = finish(process, workdir)
+    stopped_at = checkpoint.steps(workdir / "checkpoints")[-1]
+    if stopped_at < 12:  # else the signal came with the last step
+        assert f"SIGTERM: saving step {stopped_at}." in output
+        assert "Stopped; the same command continues." in output
+        output = finish(start(workdir, cache), workdir)
+        assert f"Continuing from step {stopped_at} of 12." in output
+    assert "Finished." in output and (workdir / "loss_curve.png").stat().st_size > 5000
+
+    want, got = final(uninterrupted), final(workdir)
+    assert got.keys() == want.keys() and len(got) > 20
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    # Each step is recorded once, with the very same loss.
+    assert losses(workdir) == losses(uninterrupted)
+    assert len(losses(workdir)) == 12 + 3
+
+
+def test_resumed_on_another_mesh_agrees(uninterrupted, killed):
+    workdir = killed.with_name("other_mesh")
+    shutil.copytree(killed, workdir)
+    mesh = ("--config.mesh.data=8", "--config.mesh.fsdp=1", "--config.mesh.tensor=1")
+    run = train.prepare(read_config("--config.compile_cache=", *mesh), workdir)
+    with jax.set_mesh(run.mesh):
+        assert train.loop(run)
+    want, got = final(uninterrupted), final(workdir)
+    for name in want:
+        error = np.linalg.norm(got[name] - want[name]) / np.linalg.norm(want[name])
+        assert error < 1e-5, (name, error)
+    for a, b in zip(losses(workdir), losses(uninterrupted), strict=True):
+        assert a[:2] == b[:2] and abs(a[2] / b[2] - 1) < 1e-5
+
+
+def test_the_run_learns_and_its_workdir_is_a_model(uninterrupted):
+    valid = read_records(uninterrupted, "valid")
+    assert [r["step"] for r in valid] == [0, 6, 12]
+    assert valid[0]["loss"] > valid[1]["loss"] > valid[2]["loss"]
+    model = io.load(uninterrupted, dtype="float32")
+    assert model.config == read_config().model
+    assert io.tokenizer_dir(uninterrupted) == uninterrupted / "tokenizer"
+    record = read_records(uninterrupted, "train")[-1]
+    names = {"loss", "accuracy", "grad_norm", "lr", "tokens_per_second", "step_seconds"}
+    assert names < record.keys() and record["host_memory"] > 2**26
+    assert list((uninterrupted / "tensorboard").iterdir())
+
+
+def test_training_starts_from_a_model(uninterrupted, tmp_path):
+    config = read_config(
+        f"--config.init_from={uninterrupted}", "--config.data.tokenizer=", "--config.compile_cache="
+    )
+    assert config.data.tokenizer == str(uninterrupted / "tokenizer")
+    run = train.prepare(config, tmp_path / "tuned")
+    assert int(run.state.step) == 0
+    got = flatten(jax.device_get(run.state.all_params()))
+    for name, value in final(uninterrupted).items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+    run.checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.optim.lrr=1", 'Did you mean "lr"'),
+        ("--config.stepz=1", 'Did you mean "steps"'),
+        ("--config.remat=some", "unknown remat policy 'some'"),
+        ("--config.accumulation=0", "accumulation=0 must be at least 1"),
+        ("--config.dtype=float16", "dtype='float16' is unknown"),
+        ("--config.optim.schedule=step", "use one of cosine, wsd, constant"),
+        ("--config.distributed.num_processes=2", "needs distributed.coordinator"),
+    ],
+)
+def test_bad_settings(argument, message):
+    with pytest.raises((ValueError, AttributeError, KeyError)) as error:
+        read_config(argument)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.data.batch_size=6"], "batch_size=6 is not divisible by 4"),
+        (["--config.mesh.data=3"], "does not fit 8 devices"),
+        (["--config.optim.freeze=('mlpp',)"], "'mlpp' matches no parameter"),
+    ],
+)
+def test_settings_that_do_not_fit_together(arguments, message, tmp_path):
+    with pytest.raises(ValueError) as error:
+        train.prepare(read_config("--config.compile_cache=", *arguments), tmp_path / "run")
+    assert message in str(error.value)
+
+
+def test_unknown_keys_in_a_config_file():
+    values = {"steps": 1, "data": {"train": "x", "tokenizer": "y"}, "init_from": "z"}
+    with pytest.raises(ValueError, match="unknown key 'lrr' in optim; did you mean 'lr'"):
+        TrainConfig.from_dict(values | {"optim": {"lrr": 1}})
+    with pytest.raises(ValueError, match="unknown key 'stepz' in the config"):
+        TrainConfig.from_dict(values | {"stepz": 1})
+
+
+def test_workdir_with_another_models_checkpoint(uninterrupted):
+    arguments = ("--config.compile_cache=", "--config.model.intermediate_size=48")
+    with pytest.raises(ValueError) as error:
+        train.prepare(read_config(*arguments), uninterrupted)
+    message = str(error.value)
+    assert "holds another model" in message and str(uninterrupted) in message
+    assert "intermediate_size: 32 there, 48 here" in message and "--workdir" in message
+
+
+def test_optimizer_state_that_does_not_fit(uninterrupted):
+    arguments = ("--config.compile_cache=", "--config.optim.freeze=('mlp',)")
+    with pytest.raises(ValueError, match="optim.freeze must stay as"):
+        train.prepare(read_config(*arguments), uninterrupted)

@@ -1,0 +1,212 @@
+"""Trains a hybrid language model.
+
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Any setting can be changed on the command line: `--config.optim.lr=1e-3 --config.mesh.fsdp=8`. Run
+the same command again and it continues from the newest checkpoint in the workdir, with the same
+batches and the same numbers as if it had never stopped. SIGTERM or Ctrl-C saves and ends it.
+
+In the workdir: `checkpoints/`, `tokenizer/`, `metrics.jsonl`, `tensorboard/`, `loss_curve.png`.
+"""
+
+import math
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from jet_jax import data, io, loss_curve, metrics, optim, params, processes, sharding, step
+from jet_jax.config import ModelConfig
+from jet_jax.progress import Display, closing_words, parameter_table
+from jet_jax.stopping import StopRequest
+from jet_jax.text_samples import TextSampler
+from jet_jax.train_checkpoint import TrainCheckpoints
+from jet_jax.train_config import TrainConfig
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory that the run writes to.")
+
+
+@dataclass
+class Run:
+    """All that the loop works with."""
+
+    config: TrainConfig
+    workdir: Path
+    model: ModelConfig
+    mesh: Mesh
+    state: step.TrainState
+    train_step: Any
+    eval_step: Any
+    train: data.TrainIterator
+    valid: list
+    checkpoints: TrainCheckpoints
+    sample: TextSampler | None
+
+
+def prepare(config: TrainConfig, workdir: Path) -> Run:
+    """Builds or restores everything. What is wrong with the settings comes up here."""
+    # ---- devices ------------------------------------------------------------------------------
+    processes.start(config.distributed, config.compile_cache)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sharding.check_batch(config.data.batch_size, mesh, config.accumulation)
+    display = Display(config.steps, live=False)
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    display.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}; mesh {sizes}")
+
+    # ---- model: what it is, not yet its weights -----------------------------------------------
+    checkpoints = TrainCheckpoints(workdir, config.keep_checkpoints)
+    model = checkpoints.resolve_model(config.model, config.init_from)
+    model = model.replace(dtype=config.dtype or model.dtype)
+    dtype = jnp.dtype(model.dtype)
+    graphdef, shapes = step.abstract_model(model, config.remat)
+
+    # ---- data ---------------------------------------------------------------------------------
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    train = data.make_train_iterator(config.data, vocab_size=model.vocab_size, **share)
+    valid = data.make_valid_batches(
+        config.data, vocab_size=model.vocab_size, max_batches=config.eval_batches, **share
+    )
+
+    # ---- optimizer and state ------------------------------------------------------------------
+    trainable, _ = optim.partition(shapes, config.optim.freeze)
+    optimizer, schedule = optim.make_optimizer(config.optim, config.steps, trainable)
+
+    def init(weights):
+        return step.init_state(weights, config.optim.freeze, optimizer)
+
+    abstract = jax.eval_shape(init, shapes)
+    display.console.print(parameter_table(shapes, mesh, config.optim))
+    with jax.set_mesh(mesh):
+        if checkpoints.latest is not None:  # 1. this run's own newest checkpoint
+            state, note = checkpoints.restore(abstract, train, mesh, config.optim.freeze)
+            display.say(f"Continuing from step {checkpoints.latest} of {config.steps}. {note}")
+        else:
+            if config.init_from:  # 2. a model
+                loaded = io.load(config.init_from, dtype="float32", mesh=mesh)
+                weights = params.split(loaded)[1]
+                display.say(f"Starting from the weights in {config.init_from}.")
+            else:  # 3. random weights
+                weights = step.random_params(model, mesh, config.seed)
+            where = sharding.shardings(abstract, mesh)
+            state = jax.jit(init, out_shardings=where, donate_argnums=0)(weights)
+    train_step = step.make_train_step(
+        graphdef, optimizer, schedule, abstract, mesh,
+        dtype=dtype, accumulation=config.accumulation, z_loss=config.z_loss,
+    )  # fmt: skip
+    eval_step = step.make_eval_step(graphdef, shapes, mesh, dtype=dtype)
+
+    # ---- tokenizer and text samples -----------------------------------------------------------
+    if jax.process_index() == 0:
+        checkpoints.save_tokenizer(config.data.tokenizer)
+    sample = None
+    if config.sample_prompts and jax.process_count() == 1:
+        sample = TextSampler(
+            graphdef, state.all_params(), data.load_tokenizer(config.data.tokenizer),
+            config.sample_prompts,
+            tokens=config.sample_tokens, temperature=config.sample_temperature,
+        )  # fmt: skip
+    return Run(config, workdir, model, mesh, state, train_step, eval_step, train, valid,
+               checkpoints, sample)  # fmt: skip
+
+
+def loop(run: Run) -> bool:
+    """Trains to the last step. Returns False if it was asked to stop before."""
+    config, last, start = run.config, run.config.steps, int(run.state.step)
+    with (
+        closing(run.checkpoints),
+        closing(metrics.MetricWriter(run.workdir, start)) as writer,
+        closing(metrics.Profiler(run.workdir, config.profile_start, config.profile_steps)) as trace,
+        closing(Display(last, start)) as display,
+        closing(StopRequest()) as stop,
+    ):
+        return steps(run, start, writer, trace, display, stop)
+
+
+def steps(run: Run, start: int, writer, trace, display, stop) -> bool:
+    """The loop itself."""
+    config, state, last = run.config, run.state, run.config.steps
+    batch_tokens = config.data.batch_size * config.data.seq_len
+    speed = metrics.Throughput(
+        3 * run.model.flops_per_token(config.data.seq_len), metrics.peak_flops()
+    )
+
+    def evaluate(n):
+        sums = [run.eval_step(state.all_params(), sharding.put_batch(b, run.mesh))
+                for b in run.valid]  # fmt: skip
+        total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+        loss, accuracy = (total[name] / total["tokens"] for name in ("loss", "correct"))
+        writer.write(n, "valid", {"loss": loss, "accuracy": accuracy})
+        display.say(f"step {n}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+
+    def show_samples(n):
+        for text in run.sample(state.all_params(), seed=n):
+            writer.write(n, "sample", {"text": text})
+            display.say(f"step {n}: {text}")
+
+    if start == 0 and run.valid:
+        evaluate(0)
+    speed.start()
+    recorded, stopping = start, False
+    for n in range(start + 1, last + 1):
+        trace.before(n, state)
+        state, values = run.train_step(state, sharding.put_batch(next(run.train), run.mesh))
+        trace.after(n, state)
+        display.step(n)
+        stopping = stop.at(n)
+
+        def due(every, n=n):
+            return n == last or (every > 0 and n % every == 0)
+
+        if due(config.log_every) or stopping or n == start + 1:
+            record = {name: float(value) for name, value in values.items()}
+            record |= speed.lap(n - recorded, (n - recorded) * batch_tokens)
+            record |= metrics.memory_bytes()
+            recorded = n
+            writer.write(n, "train", record)
+            display.train(n, record)
+            if not math.isfinite(record["loss"]):
+                raise FloatingPointError(f"the loss is {record['loss']} at step {n}")
+        clock = time.perf_counter()
+        if due(config.eval_every) and run.valid:
+            evaluate(n)
+        if due(config.sample_every) and run.sample:
+            show_samples(n)
+        if due(config.checkpoint_every) or stopping:
+            run.checkpoints.save(n, state, run.train, run.model, config.to_dict())
+        speed.pause(time.perf_counter() - clock)
+        if stopping:
+            display.say(f"{stop.name or 'Asked to stop'}: saving step {n}.")
+            break
+    return not stopping or recorded == last
+
+
+def main(argv):
+    """Reads the settings, trains, and says where the results are."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells much at each checkpoint
+    try:
+        config = TrainConfig.from_dict(_CONFIG.value.to_dict())
+        run = prepare(config, Path(_WORKDIR.value))
+    except ValueError as error:
+        sys.exit(f"train.py: error: {error}")
+    with jax.set_mesh(run.mesh):
+        finished = loop(run)
+    if jax.process_index() == 0:
+        curve = loss_curve.plot_loss(run.workdir, config.unigram_entropy)
+        prompt = config.sample_prompts[0] if config.sample_prompts else "Once"
+        print(closing_words(run.workdir, finished, curve, prompt))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
