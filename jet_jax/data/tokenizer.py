@@ -1,5 +1,6 @@
 """Hugging Face tokenizers from a local folder: text to token ids and back, without torch."""
 
+import json
 import logging
 import os
 from collections.abc import Iterable
@@ -47,6 +48,21 @@ class TextTokenizer:
         return self.hf.backend_tokenizer.decode(ids, skip_special_tokens=skip_special)
 
 
+def _config(path: str) -> Any:
+    """An empty config where transformers does not know the model whose folder this is.
+
+    It reads the config.json beside a tokenizer, and fails or complains at one that is not its own.
+    """
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    file = os.path.join(path, "config.json")
+    if not os.path.isfile(file):
+        return None
+    with open(file, encoding="utf-8") as stream:
+        model_type = json.load(stream).get("model_type")
+    return None if model_type in CONFIG_MAPPING else PreTrainedConfig()
+
+
 def load_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> TextTokenizer:
     """Loads the tokenizer in a local folder.
 
@@ -66,7 +82,7 @@ def load_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> Te
     from transformers import AutoTokenizer  # 2 s to import, so only where it is used
 
     try:
-        hf = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        hf = AutoTokenizer.from_pretrained(path, config=_config(path), local_files_only=True)
         backend = hf.backend_tokenizer
     except Exception as error:  # the Rust library raises bare exceptions
         raise ValueError(f"cannot load the tokenizer in {path!r}: {error}") from error
