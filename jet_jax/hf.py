@@ -67,13 +67,12 @@ class HFModel:
 
     def reader(self) -> Callable[[str], np.ndarray]:
         """Returns a function from our dotted path to a lazy view in our layout."""
-        by_path = {
-            path: (name, layout, shape) for name, (path, layout, shape) in self.names.items()
-        }
+        by_path = {entry[0]: (name, *entry[1:]) for name, entry in self.names.items()}
+        read_file = self.files.reader()
 
         def read(path: str) -> np.ndarray:
             name, layout, shape = by_path[path]
-            return layout.to_ours(self.files.read(name), shape)
+            return layout.to_ours(read_file(name), shape)
 
         return read
 
@@ -141,7 +140,7 @@ def open_hf(directory: str | os.PathLike) -> HFModel:
         shapes[HEAD] = shapes[EMBEDDING]
     model_type = json.loads(config.hf_json or "{}").get("model_type")
     check_weights(shapes, found, str(directory), f"{model_type}, {config.num_layers} layers")
-    if stores_tied_head and not _equal_bits(files.read(HEAD), files.read(EMBEDDING)):
+    if stores_tied_head and not _equal_bits(files.reader()(HEAD), files.reader()(EMBEDDING)):
         raise ValueError(
             f"{directory}: config.json says tie_word_embeddings, but {HEAD} differs from "
             f"{EMBEDDING}; set tie_word_embeddings to false in config.json, or remove {HEAD}"

@@ -45,9 +45,21 @@ class TensorFiles:
         for path in self.files:
             yield from read_tensor_file(path).items()
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor as a lazy read-only view of its file."""
-        return read_tensor_file(self.location[name])[name]
+    def reader(self) -> Callable[[str], np.ndarray]:
+        """Returns a function from a name to a lazy read-only view.
+
+        It keeps the file of the last view open, no other.
+        """
+        last: tuple[Path | None, dict[str, np.ndarray]] = (None, {})
+
+        def read(name: str) -> np.ndarray:
+            nonlocal last
+            path = self.location[name]
+            if last[0] != path:
+                last = (path, read_tensor_file(path))
+            return last[1][name]
+
+        return read
 
 
 def read_tensor_file(path: Path) -> dict[str, np.ndarray]:

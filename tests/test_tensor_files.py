@@ -254,7 +254,7 @@ def test_shards_and_index_read_back(tmp_path):
     opened = open_tensor_files(tmp_path)
     assert opened.specs == specs
     assert_same({name: np.array(view) for name, view in opened}, {n: tensors[n] for n in tensors})
-    assert opened.read("half").tobytes() == tensors["half"].tobytes()
+    assert opened.reader()("half").tobytes() == tensors["half"].tobytes()
 
 
 def test_one_file_needs_no_index(tmp_path):
