@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 
 from jet_jax.config import ModelConfig
@@ -119,7 +120,7 @@ def read_specs(path: str | os.PathLike, step: int | None = None) -> dict[str, Te
     """
     where = find_step(path, step)
     config = read_config(where)
-    tree = ocp.PyTreeCheckpointHandler().metadata(where / "params").tree
+    tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(where / "params")).tree
     found = {name: TensorSpec(tuple(x.shape), np.dtype(x.dtype)) for name, x in tree.items()}
     shapes = {name: spec.shape for name, spec in weight_specs(config).items()}
     check_weights(shapes, found, str(where), f"{config.num_layers} layers")

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from jet_jax.config import ModelConfig
 from jet_jax.hf_names import EMBEDDING, HEAD, KNOWN_BUFFERS, Layout, expected, hf_specs
+from jet_jax.models.lm import HybridLM
 from jet_jax.placing import build, check_dtype, place, targets, weight_specs, with_dtype
 from jet_jax.safetensors_files import TensorSpec
 from jet_jax.tensor_files import (
@@ -150,7 +150,7 @@ def open_hf(directory: str | os.PathLike) -> HFModel:
 
 def load(
     directory: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None
-) -> nnx.Module:
+) -> HybridLM:
     """Loads a Hugging Face directory.
 
     Args:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
 from jet_jax.config import DTYPES, ModelConfig
+from jet_jax.models.lm import HybridLM
 from jet_jax.params import abstract, flatten, unflatten
 from jet_jax.sharding import shardings
 
@@ -85,7 +86,7 @@ def place(view: np.ndarray, target: jax.ShapeDtypeStruct) -> Array:
     )
 
 
-def build(config: ModelConfig, params: Mapping[str, Array]) -> nnx.Module:
+def build(config: ModelConfig, params: Mapping[str, Array]) -> HybridLM:
     """Returns the model with these weights.
 
     Args:
