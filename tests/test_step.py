@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import random_batch, tiny_config
+from tiny import random_batch, run_compiled, tiny_config
 
 from jet_jax import optim, params, sharding, step
 from jet_jax.models.lm import HybridLM
@@ -31,7 +31,7 @@ def run_step(model, mesh, batch, config=OPTIM, **options):
         state = jax.device_put(state, sharding.shardings(state, mesh))
         options = {"dtype": jnp.float32} | options
         train_step = step.make_train_step(graphdef, tx, schedule, state, mesh, **options)
-        state, metrics = train_step(state, sharding.put_batch(batch, mesh))
+        state, metrics = run_compiled(train_step, state, sharding.put_batch(batch, mesh))
     return state, metrics
 
 
@@ -83,12 +83,12 @@ def test_sharded_logits_equal_unsharded(model, batch, sizes):
     def logits(weights, tokens, segment_ids):
         return nnx.merge(graphdef, weights)(tokens, segment_ids)
 
-    want = logits(weights, batch["tokens"], batch["segment_ids"])
+    want = run_compiled(logits, weights, batch["tokens"], batch["segment_ids"])
     mesh = sharding.make_mesh(*sizes)
     with jax.set_mesh(mesh):
         placed = jax.device_put(weights, sharding.shardings(weights, mesh))
         rows = sharding.put_batch(batch, mesh)
-        got = logits(placed, rows["tokens"], rows["segment_ids"])
+        got = run_compiled(logits, placed, rows["tokens"], rows["segment_ids"])
     real = batch["segment_ids"] != 0
     assert relative(np.asarray(got)[real], np.asarray(want)[real]) < 1e-5
 
@@ -141,6 +141,6 @@ def test_eval_step_sums_the_same_loss(model, batch, expected):
     with jax.set_mesh(mesh):
         weights = jax.device_put(weights, sharding.shardings(weights, mesh))
         eval_step = step.make_eval_step(graphdef, weights, mesh, dtype=jnp.float32)
-        sums = eval_step(weights, sharding.put_batch(batch, mesh))
+        sums = run_compiled(eval_step, weights, sharding.put_batch(batch, mesh))
     assert float(sums["tokens"]) == batch["loss_mask"].sum()
     np.testing.assert_allclose(sums["loss"] / sums["tokens"], expected[1]["loss"], rtol=1e-5)

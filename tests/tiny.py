@@ -23,6 +23,12 @@ def tiny_config(**changes) -> ModelConfig:
     return ModelConfig(**(fields | changes))
 
 
+def run_compiled(function, *args):
+    """Calls a jitted function compiled without LLVM's optimizations: a third of the time."""
+    compiled = function.lower(*args).compile({"xla_backend_optimization_level": 0})
+    return compiled(*args)
+
+
 def random_batch(seed: int, rows: int, length: int, vocab: int = 257) -> dict[str, np.ndarray]:
     """A packed batch: two segments and some padding in each row, padding not in the loss."""
     rng = np.random.default_rng(seed)
