@@ -54,7 +54,7 @@ def _pin(cache: Cache) -> Cache:
     """
 
     def pin(state: Any) -> Any:
-        dims = _STATE_DIMS.get(type(state), {})
+        dims: dict[str, str] = _STATE_DIMS.get(type(state), {})
         arrays = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
         return type(state)(
             **{

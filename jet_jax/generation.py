@@ -18,6 +18,7 @@ from flax import nnx
 
 from jet_jax.config import ModelConfig
 from jet_jax.decode import DeviceFunctions
+from jet_jax.models.lm import HybridLM
 from jet_jax.params import split
 from jet_jax.prompts import cache_length, check_prompts, free_key, stop_ids
 from jet_jax.sampling import make_sampling
@@ -48,7 +49,7 @@ class Generator:
 
     def __init__(
         self,
-        model: nnx.Module | None = None,
+        model: HybridLM | None = None,
         *,
         graphdef: Any = None,
         params: Any = None,
@@ -155,11 +156,11 @@ def _default_chunk(params: Any) -> int:
 
 
 # Compiled functions only: weights kept here would outlive an update of the model's.
-_functions: weakref.WeakKeyDictionary[nnx.Module, DeviceFunctions] = weakref.WeakKeyDictionary()
+_functions: weakref.WeakKeyDictionary[HybridLM, DeviceFunctions] = weakref.WeakKeyDictionary()
 
 
 def generate(
-    model: nnx.Module,
+    model: HybridLM,
     prompts: Sequence[Any],
     max_new_tokens: int = 64,
     temperature: float = 0.0,

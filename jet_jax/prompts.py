@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
@@ -95,7 +96,7 @@ def free_key(key: Any) -> jax.Array:
     """
     if key is None:
         return jax.random.key(0)
-    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
-        data, impl = jax.random.key_data(key), str(jax.random.key_impl(key))
-        return jax.random.wrap_key_data(np.asarray(data), impl=impl)
-    return jax.random.wrap_key_data(np.asarray(key))
+    impl = None
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        impl, key = str(jax.random.key_impl(key)), jax.random.key_data(key)
+    return jax.random.wrap_key_data(jnp.asarray(np.asarray(key)), impl=impl)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Int32
 
 from jet_jax.decode import DeviceFunctions, Lanes
@@ -40,7 +40,7 @@ class Timing:
 def mesh_of(params: Any) -> contextlib.AbstractContextManager:
     """A context with the mesh that the weights are on, an empty one if they are on none."""
     sharding = jax.tree.leaves(params)[0].sharding
-    if isinstance(sharding, NamedSharding):
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return jax.set_mesh(sharding.mesh)
     return contextlib.nullcontext()
 
