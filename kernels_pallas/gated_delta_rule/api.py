@@ -47,8 +47,9 @@ def gated_delta_rule(
     (Yang, Kautz and Hatamizadeh, "Gated Delta Networks", arXiv:2412.06464, equation 10.)
 
     Differentiable in q, k, v, g, beta and initial_state, through both outputs. Sums are kept in
-    float32 whatever the inputs; float32 inputs are multiplied in full float32, bfloat16 inputs
-    as bfloat16.
+    float32 whatever the inputs; float32 inputs are multiplied in full float32. With bfloat16
+    inputs "xla" multiplies bfloat16 operands, but for the products that rounding would hurt most
+    (those with the chunks' inverses and scores), and "reference" multiplies in float32.
 
     Memory kept for the backward pass: "reference" keeps a state a token (K·V values a head);
     "xla" keeps its inputs and `chunk_size` values a token and value head (named

@@ -89,7 +89,7 @@ def decay_factors(
     between = sum(part[..., :, None] - part[..., None, :] for part in parts)
     from_start = parts[0] + parts[1]
     to_end = sum(part[..., -1:] - part for part in parts)
-    if segments is not None:
+    if segments is not None and before is not None:
         mask = mask & (segments[..., :, None] == segments[..., None, :])
         from_start = jnp.where(segments == before[..., None], from_start, -jnp.inf)
         to_end = jnp.where(segments == segments[..., -1:], to_end, -jnp.inf)

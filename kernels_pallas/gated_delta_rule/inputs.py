@@ -32,12 +32,12 @@ def row_factors(
     Returns:
       One factor for each query row and each key row.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     if not use_qk_l2norm:
-        return jnp.full(q.shape[:-1], scale, dtype), jnp.ones(k.shape[:-1], dtype)
+        return jnp.full(q.shape[:-1], factor, dtype), jnp.ones(k.shape[:-1], dtype)
     squares = [jnp.sum(jnp.square(x.astype(dtype)), axis=-1) for x in (q, k)]
     factor_q, factor_k = (jax.lax.rsqrt(x + L2_EPS) for x in squares)
-    return factor_q * scale, factor_k
+    return factor_q * factor, factor_k
 
 
 def repeat_heads(x: Float[Array, "*B H K"], num_value_heads: int) -> Float[Array, "*B HV K"]:

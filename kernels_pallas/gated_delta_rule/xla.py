@@ -10,8 +10,6 @@ T's entries grow and alternate where keys resemble each other, as SiLU makes the
 them would be the largest error by far.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -65,14 +63,9 @@ def gated_delta_rule_xla(
     while chunk_size > 16 and chunk_size >= 2 * v.shape[1]:
         chunk_size //= 2
     options = Options(scale, use_qk_l2norm, chunk_size)
-    o, state = _chunked(options, q, k, v, g, beta, initial_state, segment_ids)
+    arguments = (options, q, k, v, g, beta, initial_state, segment_ids)
+    o, state = _chunked(*arguments)
     return o, state.astype(state_dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(options, q, k, v, g, beta, initial_state, segment_ids):
-    outputs, _ = _forward(options, q, k, v, g, beta, initial_state, segment_ids)
-    return outputs
 
 
 def _dtypes(q, k, v, beta) -> tuple[jnp.dtype, jnp.dtype]:
@@ -125,9 +118,11 @@ def _backward(options, residuals, cotangents):
     q, k, v, g, beta, initial_state, segment_ids, inverse = residuals
     do, dstate = cotangents
     operands, dtype = _dtypes(q, k, v, beta)
-    x, pull = jax.vjp(
-        lambda *inputs: cut_inputs(*inputs, segment_ids, options, dtype), q, k, v, g, beta
-    )
+
+    def cut(q, k, v, g, beta):
+        return cut_inputs(q, k, v, g, beta, segment_ids, options, dtype)
+
+    x, pull = jax.vjp(cut, q, k, v, g, beta)
     rows = cut_rows(q, k, v.shape[2], segment_ids, options, operands, dtype)
     local = local_terms(x.g, rows, segment_ids, options)
     do = to_chunks(do.astype(dtype), options.chunk, segment_ids)
@@ -193,4 +188,10 @@ def _chunk_gradients(x: Chunks, rows: Rows, local, states, error, u, do, dr, dst
     return Chunks(dread_q + dq_local, dread_k + dk_local + dwritten + down, beta * dr, dg, dbeta)
 
 
+def _outputs(options, q, k, v, g, beta, initial_state, segment_ids):
+    outputs, _ = _forward(options, q, k, v, g, beta, initial_state, segment_ids)
+    return outputs
+
+
+_chunked = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
 _chunked.defvjp(_forward, _backward)
