@@ -107,7 +107,7 @@ def _open_hf(directory: Path) -> _Source:
         config=opened.config,
         specs=opened.specs,
         read=opened.reader(),
-        views=lambda: dict(opened.views()),
+        views=lambda: {path: view for views in opened.views() for path, view in views.items()},
         companions=directory,
         stores_tied_head=opened.stores_tied_head,
     )

@@ -6,7 +6,8 @@ Names and layouts are in `hf_names`, files in `tensor_files`, configs in `hf_con
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from jet_jax.tensor_files import (
     MAX_SHARD_BYTES,
     TensorFiles,
     open_tensor_files,
+    read_tensor_file,
     write_tensor_files,
     write_text,
 )
@@ -30,6 +32,7 @@ from jet_jax.weight_checks import check_weights
 # Files of a Hugging Face directory, besides config and weights, that belong to the model.
 _COMPANION_SUFFIXES = (".json", ".jinja", ".md", ".model", ".py", ".tiktoken", ".txt", ".vocab")
 _COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_THREADS = 8  # that many weights are on their way to the devices at a time
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,18 @@ class HFModel:
             for name, (path, _, shape) in self.names.items()
         }
 
-    def views(self) -> Iterable[tuple[str, np.ndarray]]:
-        """Yields (our dotted path, lazy read-only view in our layout), file by file."""
-        for name, array in self.files:
-            if name in self.names:
-                path, layout, shape = self.names[name]
-                yield path, layout.to_ours(array, shape)
+    def views(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields, file by file, lazy read-only views in our layout by our dotted path.
+
+        A view keeps its whole file mapped: copy what is to outlive the step of the iteration.
+        """
+        for file in self.files.files:
+            arrays = read_tensor_file(file)
+            entries = {name: self.names[name] for name in arrays if name in self.names}
+            yield {
+                path: layout.to_ours(arrays[name], shape)
+                for name, (path, layout, shape) in entries.items()
+            }
 
     def reader(self) -> Callable[[str], np.ndarray]:
         """Returns a function from our dotted path to a lazy view in our layout."""
@@ -173,7 +182,12 @@ def load(
     config = with_dtype(opened.config, dtype)
     stored = {path: spec.dtype for path, spec in opened.specs.items()}
     wanted = targets(config, stored, dtype, mesh)
-    return build(config, {path: place(view, wanted[path]) for path, view in opened.views()})
+    params = {}
+    with ThreadPoolExecutor(_THREADS) as pool:  # transposing is slow, and numpy lets go of the GIL
+        for views in opened.views():
+            placed = pool.map(place, views.values(), [wanted[path] for path in views])
+            params |= zip(views, placed, strict=True)
+    return build(config, params)
 
 
 def write_hf(

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
 from jet_jax.config import DTYPES, ModelConfig
+from jet_jax.copying import contiguous_copy
 from jet_jax.models.lm import HybridLM
 from jet_jax.params import abstract, flatten, unflatten
 from jet_jax.sharding import shardings
@@ -82,7 +83,7 @@ def place(view: np.ndarray, target: jax.ShapeDtypeStruct) -> Array:
     """
     # A copy in every case: JAX on CPU may adopt numpy's memory, and must not adopt a mapped file.
     return jax.make_array_from_callback(
-        target.shape, target.sharding, lambda index: np.array(view[index], target.dtype, order="C")
+        target.shape, target.sharding, lambda index: contiguous_copy(view[index], target.dtype)
     )
 
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jet_jax.copying import contiguous_copy
+
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
@@ -141,8 +143,10 @@ def write_safetensors(
         for name, spec in specs.items():
             array = read(name)
             assert TensorSpec(array.shape, array.dtype) == spec, (name, array.shape, array.dtype)
+            if not array.flags.c_contiguous:
+                array = contiguous_copy(array)
             # bfloat16 has no buffer protocol, hence the bytes.
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(array.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 

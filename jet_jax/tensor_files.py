@@ -7,7 +7,7 @@ holds about one shard at a time.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +36,6 @@ class TensorFiles:
     files: tuple[Path, ...]
     specs: dict[str, TensorSpec]
     location: dict[str, Path]
-
-    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields `(name, lazy read-only view)`, file by file.
-
-        A view keeps its whole file mapped: copy what is to outlive the iteration.
-        """
-        for path in self.files:
-            yield from read_tensor_file(path).items()
 
     def reader(self) -> Callable[[str], np.ndarray]:
         """Returns a function from a name to a lazy read-only view.
