@@ -1,11 +1,10 @@
 """Hugging Face model directories: opens, loads and writes them.
 
-Names and layouts are in `hf_names`, files in `tensor_files`, configs in `hf_config`.
+Names and layouts are in `hf_names`, weight files in `tensor_files`, all other files in `hf_files`.
 """
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jet_jax.config import ModelConfig
+from jet_jax.hf_files import config_text, copy_companions, read_config
 from jet_jax.hf_names import EMBEDDING, HEAD, KNOWN_BUFFERS, Layout, expected, hf_specs
 from jet_jax.models.lm import HybridLM
 from jet_jax.placing import build, check_dtype, place, targets, weight_specs, with_dtype
@@ -29,9 +29,6 @@ from jet_jax.tensor_files import (
 )
 from jet_jax.weight_checks import check_weights
 
-# Files of a Hugging Face directory, besides config and weights, that belong to the model.
-_COMPANION_SUFFIXES = (".json", ".jinja", ".md", ".model", ".py", ".tiktoken", ".txt", ".vocab")
-_COMPANION_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _THREADS = 8  # that many weights are on their way to the devices at a time
 
 
@@ -84,45 +81,6 @@ class HFModel:
             return layout.to_ours(read_file(name), shape)
 
         return read
-
-
-def read_config(directory: str | os.PathLike) -> ModelConfig:
-    """Reads the config.json of a Hugging Face directory.
-
-    Args:
-      directory: the directory.
-
-    Returns:
-      The model, which remembers the file's text.
-
-    Raises:
-      ValueError: there is no such directory or file, it is not JSON, or it describes a model that
-        is not supported; the message names the file.
-    """
-    path = Path(directory) / "config.json"
-    if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is not a directory")
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no config.json; expected a Hugging Face directory")
-    text = path.read_text(encoding="utf-8")
-    try:
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError("it is not a JSON object")
-        if values.get("quantization_config"):
-            method = values["quantization_config"].get("quant_method", "unknown")
-            raise ValueError(
-                f"its weights are quantised ({method}), which is not supported; use the original "
-                "model in bfloat16, float16 or float32"
-            )
-        if values.get("model_type") == "gemma3":
-            raise ValueError(
-                "model_type 'gemma3' is an image-and-text model; supported is its text part, "
-                "'gemma3_text', in a directory of its own"
-            )
-        return ModelConfig.from_hf(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def open_hf(directory: str | os.PathLike) -> HFModel:
@@ -239,47 +197,6 @@ def write_hf(
         copy_companions(companions, directory)
     # Last: without its config.json nothing takes the directory for a model.
     write_text(directory / "config.json", config_text(config, dtype))
-
-
-def config_text(config: ModelConfig, dtype: str | None = None) -> str:
-    """Gives the text of a config.json: the original one, if it still describes the model.
-
-    Args:
-      config: the model.
-      dtype: the weights' dtype to be named; None leaves the original's word for it.
-
-    Returns:
-      The text.
-    """
-    text = config.hf_json
-    if text is None or ModelConfig.from_hf(text) != config:
-        text = json.dumps(config.to_hf(), indent=2) + "\n"
-    values = json.loads(text)
-    keys = [key for key in ("dtype", "torch_dtype") if key in values]
-    if dtype is None or all(values[key] == dtype for key in keys):
-        return text
-    return json.dumps(values | dict.fromkeys(keys, dtype), indent=2) + "\n"
-
-
-def copy_companions(source: str | os.PathLike, destination: str | os.PathLike) -> list[str]:
-    """Copies what belongs to a model besides config and weights: tokenizer, generation config, ….
-
-    Args:
-      source: a Hugging Face directory.
-      destination: where to; made if there is something to copy.
-
-    Returns:
-      The names of the files copied.
-    """
-    copied = []
-    for path in sorted(Path(source).iterdir()):
-        wanted = path.suffix in _COMPANION_SUFFIXES or path.stem in _COMPANION_NAMES
-        is_own = path.name == "config.json" or path.name.endswith(".index.json")
-        if path.is_file() and wanted and not is_own and not path.name.startswith("."):
-            Path(destination).mkdir(exist_ok=True)
-            shutil.copyfile(path, Path(destination) / path.name)
-            copied.append(path.name)
-    return copied
 
 
 def _equal_bits(left: np.ndarray, right: np.ndarray) -> bool:
