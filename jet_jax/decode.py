@@ -54,11 +54,11 @@ def _pin(cache: Cache) -> Cache:
     """
 
     def pin(state: Any) -> Any:
-        dims: dict[str, str] = _STATE_DIMS.get(type(state), {})
+        dims = _STATE_DIMS.get(type(state), {})
         arrays = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
         return type(state)(
             **{
-                name: constrain(x, dims.get(name, "b" + "t" * (x.ndim - 1)))
+                name: constrain(x, dims.get(name) or "b" + "t" * (x.ndim - 1))
                 for name, x in arrays.items()
             }
         )

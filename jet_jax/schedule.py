@@ -49,12 +49,20 @@ class Schedule:
         self.unread = {request: new_tokens for request in self.waiting}  # unfinished requests
 
     def admit(self) -> dict[int, int]:
-        """Gives free lanes the next requests; returns {lane: request} of the new ones."""
-        admitted = {}
-        for lane, occupant in enumerate(self.occupant):
-            if occupant is None and self.waiting:
-                admitted[lane] = self.occupant[lane] = self.waiting.popleft()
-                self.unsent[lane] = self.new_tokens
+        """Gives free lanes the next requests; returns {lane: request} of the new ones.
+
+        A prefill costs as much for one lane as for all, so while others work it waits until an
+        eighth of the lanes is free.
+        """
+        free = [lane for lane, occupant in enumerate(self.occupant) if occupant is None]
+        enough = min(len(self.waiting), max(1, len(self.occupant) // 8))
+        if len(free) < enough:
+            return {}
+        admitted = dict(zip(free, self.waiting, strict=False))
+        for lane, request in admitted.items():
+            self.waiting.popleft()
+            self.occupant[lane] = request
+            self.unsent[lane] = self.new_tokens
         return admitted
 
     def chunks(

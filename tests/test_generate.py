@@ -284,6 +284,22 @@ def test_schedule_refills_lanes_before_reading():
     assert schedule.occupant == [2]
 
 
+def test_schedule_prefills_for_several_lanes_at_once():
+    schedule = Schedule([np.zeros(2, np.int32)] * 19, lanes=16, new_tokens=9)
+    assert schedule.admit() == {lane: lane for lane in range(16)}
+    working = schedule.send(4)
+    block = np.ones((16, 4), np.int32)
+    block[5, 1:] = -1
+    schedule.read(working, block)
+    assert schedule.occupant[5] is None and schedule.admit() == {}  # one lane of 16 waits
+    working = schedule.send(4)
+    block[11, 0] = -1
+    schedule.read(working, block)
+    assert schedule.admit() == {5: 16, 11: 17}
+    working = schedule.send(4)  # the others' budget ends here
+    assert schedule.admit() == {0: 18} and not schedule.waiting
+
+
 def test_cache_length_is_rounded_up_by_a_quarter_at_most():
     lengths = {cache_length([n], 16) for n in range(1, 5000)}
     assert len(lengths) < 30
