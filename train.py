@@ -12,7 +12,7 @@ In the workdir: `checkpoints/`, `tokenizer/`, `metrics.jsonl`, `tensorboard/`, `
 import math
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Run:
     valid: list
     checkpoints: TrainCheckpoints
     sample: TextSampler | None
+    stack: ExitStack  # what has to be closed in the end
 
 
 def prepare(config: TrainConfig, workdir: Path) -> Run:
@@ -114,40 +115,33 @@ def prepare(config: TrainConfig, workdir: Path) -> Run:
             config.sample_prompts,
             tokens=config.sample_tokens, temperature=config.sample_temperature,
         )  # fmt: skip
+    stack = ExitStack()
+    stack.enter_context(closing(checkpoints))
     return Run(config, workdir, model, mesh, state, train_step, eval_step, train, valid,
-               checkpoints, sample)  # fmt: skip
+               checkpoints, sample, stack)  # fmt: skip
 
 
 def loop(run: Run) -> bool:
     """Trains to the last step. Returns False if it was asked to stop before."""
-    config, last, start = run.config, run.config.steps, int(run.state.step)
-    with (
-        closing(run.checkpoints),
-        closing(metrics.MetricWriter(run.workdir, start)) as writer,
-        closing(metrics.Profiler(run.workdir, config.profile_start, config.profile_steps)) as trace,
-        closing(Display(last, start)) as display,
-        closing(StopRequest()) as stop,
-    ):
-        return steps(run, start, writer, trace, display, stop)
-
-
-def steps(run: Run, start: int, writer, trace, display, stop) -> bool:
-    """The loop itself."""
-    config, state, last = run.config, run.state, run.config.steps
+    config, state, last, start = run.config, run.state, run.config.steps, int(run.state.step)
+    writer = run.stack.enter_context(closing(metrics.MetricWriter(run.workdir, start)))
+    trace = metrics.Profiler(run.workdir, config.profile_start, config.profile_steps)
+    run.stack.enter_context(closing(trace))
+    display = run.stack.enter_context(closing(Display(last, start)))
+    stop = run.stack.enter_context(closing(StopRequest()))
     batch_tokens = config.data.batch_size * config.data.seq_len
     speed = metrics.Throughput(
         3 * run.model.flops_per_token(config.data.seq_len), metrics.peak_flops()
     )
 
     def evaluate(n):
-        sums = [run.eval_step(state.all_params(), sharding.put_batch(b, run.mesh))
-                for b in run.valid]  # fmt: skip
-        total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
-        loss, accuracy = (total[name] / total["tokens"] for name in ("loss", "correct"))
-        writer.write(n, "valid", {"loss": loss, "accuracy": accuracy})
+        values = step.evaluate(run.eval_step, state.all_params(), run.valid, run.mesh)
+        writer.write(n, "valid", values)
+        loss = values["loss"]
         display.say(f"step {n}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
 
     def show_samples(n):
+        assert run.sample is not None
         for text in run.sample(state.all_params(), seed=n):
             writer.write(n, "sample", {"text": text})
             display.say(f"step {n}: {text}")
@@ -196,10 +190,10 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax tells much at each checkpoint
     try:
         config = TrainConfig.from_dict(_CONFIG.value.to_dict())
-        run = prepare(config, Path(_WORKDIR.value))
+        run = prepare(config, Path(_WORKDIR.value or ""))
     except ValueError as error:
         sys.exit(f"train.py: error: {error}")
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.mesh), run.stack:
         finished = loop(run)
     if jax.process_index() == 0:
         curve = loss_curve.plot_loss(run.workdir, config.unigram_entropy)

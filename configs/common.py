@@ -7,6 +7,7 @@ therefore start from all of them.
 import dataclasses
 import types
 import typing
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -16,8 +17,8 @@ from jet_jax.optim import OptimConfig
 from jet_jax.train_config import DistributedConfig, MeshConfig, TrainConfig
 
 
-def defaults() -> ConfigDict:
-    """All settings but the model; those without a default are placeholders of the right type."""
+def defaults() -> Any:
+    """A `ConfigDict` of all settings but the model; blanks are placeholders of the right type."""
     config = _fields(TrainConfig, leave_out=("model", "data", "optim", "mesh", "distributed"))
     config.data = _fields(DataConfig)
     config.optim = _fields(OptimConfig)

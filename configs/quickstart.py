@@ -37,13 +37,14 @@ def get_config(arg=""):
     config.data.batch_size = 8
     config.optim.lr = 3e-3
     config.optim.warmup_steps = 20
-    config.steps = 400
+    config.steps = 500
     config.eval_every = 100
     config.eval_batches = 16
     config.sample_prompts = ("It is a truth universally acknowledged, that",)
     config.sample_tokens = 48
     config.sample_temperature = 0.8
-    config.checkpoint_every = 200
+    config.checkpoint_every = 250
+    config.sample_every = 250
     config.unigram_entropy = 6.274
     if arg == "smoke":
         config.steps = 20

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,8 @@ def cross_entropy(
     """
     shards = current_batch_shards(hidden.shape[0])
     chunk = _chunk_length(hidden.shape, head.shape[1], shards, max_logits)
-    total, sums = _summed_loss(hidden, head, targets, mask, z_loss, chunk, shards)
+    out: Any = _summed_loss(hidden, head, targets, mask, z_loss, chunk, shards)
+    total, sums = out
     return total, jax.tree.map(jax.lax.stop_gradient, sums)
 
 

@@ -148,8 +148,7 @@ class MetricWriter:
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)
         from tensorboardX import SummaryWriter
 
-        purge = {"purge_step": start + 1} if start else {}
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), **purge)
+        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """Writes one record; numbers go to TensorBoard as scalars, strings as text."""

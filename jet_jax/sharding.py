@@ -59,7 +59,7 @@ _LETTERS: Mapping[str, tuple[str, ...]] = {
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+    data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """Builds the mesh `data` x `fsdp` x `tensor`; one size may be -1 and takes what is left.
 

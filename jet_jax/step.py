@@ -8,7 +8,7 @@ on the shards and the gathers move the small dtype.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ def abstract_model(config: ModelConfig, remat: str = "none") -> tuple[Any, dict]
       `(graphdef, params)`, the latter a nested dict of `ShapeDtypeStruct`s.
     """
     model = nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0)))
-    model.remat = remat
+    model.remat, model.scan_layers = remat, True
     graphdef, params = split(model)
     return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
@@ -219,6 +219,27 @@ def make_eval_step(
         in_shardings=(sharding.shardings(params, mesh), sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
     )
+
+
+def evaluate(
+    eval_step: Callable[[PyTree, Batch], Metrics],
+    params: PyTree,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Mean loss and accuracy over batches: `loss` in nats a token, `accuracy`, and `tokens`.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      params: nested dict of all parameters.
+      batches: batches with this process's rows; at least one.
+      mesh: the mesh.
+    """
+    sums = [eval_step(params, sharding.put_batch(batch, mesh)) for batch in batches]
+    total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+    tokens = max(total["tokens"], 1.0)
+    accuracy = total["correct"] / tokens
+    return {"loss": total["loss"] / tokens, "accuracy": accuracy, "tokens": tokens}
 
 
 def _accumulate(grad, params, batch, parts):

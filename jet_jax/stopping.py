@@ -12,12 +12,12 @@ class StopRequest:
     """Notes SIGTERM and SIGINT, so that the loop can save and leave after the step in hand.
 
     A second signal ends the process at once. With several processes all of them have to stop after
-    the same step; JAX's coordination service then decides which.
+    the same step: JAX's coordination service then listens for SIGTERM itself and decides which.
     """
 
     def __init__(self) -> None:
         self.name = ""
-        signals = (signal.SIGTERM, signal.SIGINT)
+        signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
         self._before = {number: signal.signal(number, self._note) for number in signals}
 
     def _note(self, number: int, frame: FrameType | None) -> None:

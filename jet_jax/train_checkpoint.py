@@ -19,6 +19,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -40,14 +41,15 @@ class TrainCheckpoints:
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
         self.workdir = Path(os.path.abspath(workdir))
         self.directory = self.workdir / io.CHECKPOINTS
+        handlers: Any = {
+            "params": ocp.PyTreeCheckpointHandler(),
+            "opt_state": ocp.PyTreeCheckpointHandler(),
+            "data": grain.checkpoint.CheckpointHandler(),
+            "config": ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_handlers={
-                "params": ocp.PyTreeCheckpointHandler(),
-                "opt_state": ocp.PyTreeCheckpointHandler(),
-                "data": grain.checkpoint.CheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-            },
+            item_handlers=handlers,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
 
@@ -173,7 +175,7 @@ def _flat(tree: PyTree) -> dict[str, Any]:
 
 def _restore(directory: Path, wanted: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     handler = ocp.PyTreeCheckpointHandler()
-    saved = handler.metadata(directory).tree
+    saved = handler.metadata(epath.Path(directory)).tree
     differences = [
         f"  {name}: {_shape(saved.get(name))} in the checkpoint, {_shape(wanted.get(name))} here"
         for name in sorted(saved.keys() | wanted.keys())

@@ -87,7 +87,7 @@ def uninterrupted(tmp_path_factory, cache):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     before = jax.config.jax_compilation_cache_dir
     run = train.prepare(read_config(f"--config.compile_cache={cache}"), workdir)
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.mesh), run.stack:
         assert train.loop(run)
     jax.config.update("jax_compilation_cache_dir", before)
     return workdir
@@ -132,7 +132,7 @@ def test_resumed_on_another_mesh_agrees(uninterrupted, killed):
     shutil.copytree(killed, workdir)
     mesh = ("--config.mesh.data=8", "--config.mesh.fsdp=1", "--config.mesh.tensor=1")
     run = train.prepare(read_config("--config.compile_cache=", *mesh), workdir)
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.mesh), run.stack:
         assert train.loop(run)
     want, got = final(uninterrupted), final(workdir)
     for name in want:
@@ -165,7 +165,7 @@ def test_training_starts_from_a_model(uninterrupted, tmp_path):
     got = flatten(jax.device_get(run.state.all_params()))
     for name, value in final(uninterrupted).items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
-    run.checkpoints.close()
+    run.stack.close()
 
 
 @pytest.mark.parametrize(
