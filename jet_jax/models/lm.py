@@ -47,11 +47,15 @@ class HybridLM(nnx.Module):
     """A decoder whose layers mix by `config.layer_types`; weights named as in Hugging Face.
 
     `remat` names what each layer keeps for its backward pass (`jet_jax.models.remat`).
+    `scan_layers` makes a forward pass without a cache loop on the device over each run of equal
+    layers, whose weights it stacks: a fraction of the compile time, for one more copy of the
+    weights in the compute dtype, which a training step makes anyway.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32):
         self.config = config
         self.remat = "none"
+        self.scan_layers = False
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -153,11 +157,16 @@ class HybridLM(nnx.Module):
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         x = constrain(x, "btd")
         hidden_states, mixer_outputs, states = [x], [], []
-        for i, layer in enumerate(self.layers):
-            state = None if cache is None else cache.layers[i]
-            with jax.named_scope(f"layer_{i}"):
-                apply = remat(lambda layer, *args: layer(*args), self.remat)
-                x, mixed, state, shared = apply(layer, x, ctx, state)
+        for run in self._runs(cache is None):
+            if len(run) > 1:
+                x, ctx, outputs, mixed = self._scan(run, x, ctx, bool(collect))
+                hidden_states += outputs
+                mixer_outputs += mixed
+                continue
+            state = None if cache is None else cache.layers[run[0]]
+            with jax.named_scope(f"layer_{run[0]}"):
+                apply = remat(_apply, self.remat)
+                x, mixed, state, shared = apply(self.layers[run[0]], x, ctx, state)
             ctx = dataclasses.replace(ctx, shared=shared)
             hidden_states.append(x)
             mixer_outputs.append(mixed)
@@ -174,6 +183,38 @@ class HybridLM(nnx.Module):
             features = {k: tuple(_roll(f, -shift) for f in v) for k, v in features.items()}
         return Output(self._logits(hidden, real, logits_at), hidden, features, cache)
 
+    def _runs(self, scannable: bool) -> list[list[int]]:
+        """Layer indices, grouped where neighbours have equal structure and may be scanned."""
+        runs = [[0]]
+        structures = [nnx.graphdef(layer) for layer in self.layers] if self.scan_layers else []
+        for i in range(1, len(self.layers)):
+            if scannable and self.scan_layers and structures[i] == structures[i - 1]:
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        return runs
+
+    def _scan(
+        self, run: list[int], x: Array, ctx: Context, collect: bool
+    ) -> tuple[Array, Context, list[Array], list[Array]]:
+        """Equal layers as one loop; also their outputs and their mixers' where asked for."""
+        graphdef = nnx.graphdef(self.layers[run[0]])
+        weights = [nnx.to_pure_dict(nnx.state(self.layers[i])) for i in run]
+        stacked = jax.tree.map(lambda *w: jnp.stack(w), *weights)
+        apply = remat(_apply, self.remat, in_scan=True)
+
+        def body(carry, weights):
+            x, shared = carry
+            layer = nnx.merge(graphdef, weights)
+            x, mixed, _, shared = apply(layer, x, dataclasses.replace(ctx, shared=shared), None)
+            return (x, shared), (x, mixed) if collect else None
+
+        with jax.named_scope(f"layers_{run[0]}_{run[-1]}"):
+            (x, shared), outputs = jax.lax.scan(body, (x, ctx.shared), stacked)
+        ctx = dataclasses.replace(ctx, shared=shared)
+        outputs, mixed = ([], []) if outputs is None else map(list, outputs)
+        return x, ctx, outputs, mixed
+
     def _logits(self, hidden: Array, real: Array, logits_at: Any) -> Array | None:
         if isinstance(logits_at, str) and logits_at == "none":
             return None
@@ -187,9 +228,7 @@ class HybridLM(nnx.Module):
     def _check(self, tokens, segment_ids, positions, cache, logits_at, collect) -> None:
         for name, array in (("segment_ids", segment_ids), ("positions", positions)):
             if array is not None and array.shape != tokens.shape:
-                raise ValueError(
-                    f"{name} has shape {array.shape}, but tokens has {tokens.shape}"
-                )
+                raise ValueError(f"{name} has shape {array.shape}, but tokens has {tokens.shape}")
         if cache is not None:
             if positions is not None:
                 raise ValueError("positions follow from the cache; give one or the other")
@@ -203,6 +242,11 @@ class HybridLM(nnx.Module):
         for name in collect:
             if name not in COLLECTABLE:
                 raise ValueError(f"collect: unknown {name!r}; known: {', '.join(COLLECTABLE)}")
+
+
+def _apply(layer: Block, x: Array, ctx: Context, state: Any) -> tuple[Any, ...]:
+    """One layer as a function, for remat."""
+    return layer(x, ctx, state)
 
 
 def _roll(x: Array, shift: Int[Array, " B"]) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,8 @@ import jax
 def _policies() -> list[str]:
     """The names in `jax.checkpoint_policies` that are policies, not makers of policies."""
     makers = ("save_", "offload")
-    names = [n for n, f in vars(jax.checkpoint_policies).items() if inspect.isroutine(f)]
-    return sorted(n for n in names if not n.startswith(("_", *makers)))
+    names = [n for n, f in vars(jax.checkpoint_policies).items() if callable(f)]
+    return sorted(n for n in names if n[0].islower() and not n.startswith(makers))
 
 
 def check(name: str) -> str:
@@ -28,14 +27,15 @@ def check(name: str) -> str:
     return name
 
 
-def remat(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def remat(function: Callable[..., Any], name: str, *, in_scan: bool = False) -> Callable[..., Any]:
     """Wraps one layer's function.
 
     "none" keeps every activation, "full" none (the layer is computed again), any other name is a
-    policy of `jax.checkpoint_policies`.
+    policy of `jax.checkpoint_policies`. Inside a scan (`in_scan`) the compiler needs no barrier
+    against merging the two computations.
     """
     check(name)
     if name == "none":
         return function
     policy = None if name == "full" else getattr(jax.checkpoint_policies, name)
-    return jax.checkpoint(function, policy=policy)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
