@@ -201,6 +201,17 @@ def main(argv):
         print(closing_words(run.workdir, finished, curve, prompt))
 
 
+def parse_flags(argv):
+    """Parses the command line; a setting that a config does not have is an error of one line."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        message = error
+        while isinstance(message, Exception):  # ml_collections wraps one in another
+            message = message.args[0]
+        sys.exit(f"train.py: error: no setting {' '.join(str(message).split())}")
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

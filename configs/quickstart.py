@@ -1,8 +1,8 @@
-"""Trains a small hybrid on three novels by Jane Austen; about three minutes on two CPU cores.
+"""Trains a small hybrid on three novels by Jane Austen; two to three minutes on two CPU cores.
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Expected: validation loss about 4.2 nats a token (6.27 for token frequencies alone), and samples
+Expected: validation loss about 4.43 nats a token (6.27 for token frequencies alone), and samples
 that look like English of 1813 without its sense. `configs/quickstart.py:smoke` runs 20 steps only.
 """
 
@@ -38,7 +38,7 @@ def get_config(arg=""):
     config.optim.lr = 3e-3
     config.optim.warmup_steps = 20
     config.steps = 500
-    config.eval_every = 100
+    config.eval_every = 50
     config.eval_batches = 16
     config.sample_prompts = ("It is a truth universally acknowledged, that",)
     config.sample_tokens = 48

@@ -186,6 +186,15 @@ def test_bad_settings(argument, message):
     assert message in str(error.value)
 
 
+def test_typo_on_the_command_line_is_one_line(tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, tmp_path, "--config.optim.lrr=1")
+    assert process.wait(timeout=120) == 1
+    output = workdir.with_suffix(".log").read_text().strip()
+    assert output == 'train.py: error: no setting \'lrr\' Did you mean "lr" instead of "lrr"?'
+    assert not workdir.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
