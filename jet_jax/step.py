@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jet_jax import losses, optim, sharding
 from jet_jax.config import ModelConfig
+from jet_jax.models.block import Block
 from jet_jax.models.lm import HybridLM
 from jet_jax.params import split
 
@@ -73,18 +75,32 @@ def abstract_model(config: ModelConfig, remat: str = "none") -> tuple[Any, dict]
 def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> dict:
     """Random float32 weights, each made where it will lie; equal on every mesh.
 
+    One program a kind of layer makes all layers of that kind: compiling all in one takes minutes.
+
     Args:
       config: the model.
       mesh: the mesh.
       seed: seed of the random numbers.
     """
-
-    def init(key):
-        return split(HybridLM(config, rngs=nnx.Rngs(key)))[1]
-
     key = jax.random.key(seed)
-    where = sharding.shardings(jax.eval_shape(init, key), mesh)
-    return jax.jit(init, out_shardings=where)(key)
+    where = sharding.shardings(abstract_model(config)[1], mesh)
+    layer_shardings = where.pop("layers")
+
+    def outside(key):
+        model = HybridLM(config.replace(layer_types=config.layer_types[:1]), rngs=nnx.Rngs(key))
+        return {name: part for name, part in split(model)[1].items() if name != "layers"}
+
+    def layer(key, kind):
+        return split(Block(config, kind, rngs=nnx.Rngs(key)))[1]
+
+    makers, layers = {}, {}
+    for i, kind in enumerate(config.layer_types):
+        if kind not in makers:
+            makers[kind] = jax.jit(partial(layer, kind=kind), out_shardings=layer_shardings[i])
+        layers[i] = makers[kind](jax.random.fold_in(key, i))
+    key = jax.random.fold_in(key, config.num_layers)
+    made = jax.jit(outside, out_shardings=where)(key) | {"layers": layers}
+    return {name: made[name] for name in (*where, "layers")}
 
 
 def init_state(
