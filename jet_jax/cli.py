@@ -6,6 +6,7 @@ Only the module of the chosen subcommand is imported, so help and errors come at
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       printed without a traceback), 130 after Ctrl-C. Wrong usage exits with 2, as argparse does.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    # Compiled programs are kept between runs; JAX reads this when a subcommand imports it.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jet_jax"))
     chosen = next((word for word in argv if not word.startswith("-")), None)
     args = build_parser(chosen).parse_args(argv)
     try:
