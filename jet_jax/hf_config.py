@@ -294,7 +294,7 @@ def _read_jet_nemotron(v: _Values) -> ModelConfig:
         mixers["jet"] = JetOptions(
             num_heads=jet.get("num_heads", 6),
             head_dim=jet.get("head_dim", 256),
-            expand_v=jet.get("expand_v", 2.0),
+            expand_v=float(jet.get("expand_v", 2.0)),
             conv_size=jet.get("conv_size", 4),
             generator_reduction=jet.get("dconv_generator_reduction", 8),
             norm_eps=float(jet.get("norm_eps", 1e-5)),

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         error = "" if check.error is None else f"relative L2 error {check.error:.2e}"
         note = f"({check.note})" if check.note and error else check.note
-        line = f"{check.name:<20} {error} {note}".rstrip() + "  "
+        line = " ".join(p for p in (f"{check.name:<20}", error, note) if p) + "  "
         verdict = ("ok", "green") if check.passed else ("FAILED", "bold red")
         console.print(Text(line).append(*verdict))
     passed = all(check.passed for check in checks)
