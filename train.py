@@ -32,7 +32,9 @@ from jet_jax.train_checkpoint import TrainCheckpoints
 from jet_jax.train_config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory that the run writes to.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory that the run writes to; runs/NAME for configs/NAME.py by default."
+)
 
 
 @dataclass
@@ -190,7 +192,8 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax tells much at each checkpoint
     try:
         config = TrainConfig.from_dict(_CONFIG.value.to_dict())
-        run = prepare(config, Path(_WORKDIR.value or ""))
+        name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
+        run = prepare(config, Path(_WORKDIR.value or f"runs/{name}"))
     except ValueError as error:
         sys.exit(f"train.py: error: {error}")
     with jax.set_mesh(run.mesh), run.stack:
@@ -213,5 +216,5 @@ def parse_flags(argv):
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

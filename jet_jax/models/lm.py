@@ -152,7 +152,9 @@ class HybridLM(nnx.Module):
                 positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
         ctx = Context(segment_ids, positions, None if cache is None else cache.length)
 
-        x = self.embed_tokens(tokens)
+        # Rows are looked up in the table's own dtype, so that its gradient is summed in it.
+        x = jnp.take(self.embed_tokens.embedding[...], tokens, axis=0)
+        x = x.astype(jnp.dtype(self.config.dtype))
         if self.config.embedding_scale:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         x = constrain(x, "btd")
