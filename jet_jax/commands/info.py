@@ -114,7 +114,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     """
     full = all_attention(config)
 
-    def costs(c: ModelConfig) -> dict[str, list[float]]:
+    def costs(c: ModelConfig) -> dict[str, list[int | float]]:
         return {
             "cache_bytes": [c.cache_bytes(context) for context in CONTEXTS],
             "flops_per_token": [c.flops_per_token(context) for context in CONTEXTS],
