@@ -92,6 +92,8 @@ def _write(config: ModelConfig, model_type: str) -> dict[str, Any]:
             efficient["swa"] = {"window_size": mixers["swa"].window_size}
         out["efficient_attention_config"] = efficient
         return out
+    if attention is None:
+        raise ValueError(f"{model_type} needs attention layers")
     out["layer_types"] = [names[kind] for kind in config.layer_types]
     if model_type == "gemma3_text":
         out["hidden_activation"] = config.hidden_act
