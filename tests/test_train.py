@@ -83,13 +83,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, cache):
-    """The run that nothing happens to, in this process."""
+    """The run that nothing happens to; in a process of its own, like those it is compared with."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    before = jax.config.jax_compilation_cache_dir
-    run = train.prepare(read_config(f"--config.compile_cache={cache}"), workdir)
-    with jax.set_mesh(run.mesh), run.stack:
-        assert train.loop(run)
-    jax.config.update("jax_compilation_cache_dir", before)
+    finish(start(workdir, cache), workdir)
     return workdir
 
 

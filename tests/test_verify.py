@@ -18,14 +18,6 @@ MODELS = sorted(p.parent.relative_to(GOLDEN) for p in GOLDEN.glob("**/expected.n
 WITH_GREEDY = {"qwen2_window", "llama_bias", "jet_conv2", "qwen3_small"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Unoptimised code compiles in half the time and computes the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def recording(folder):
     with np.load(GOLDEN / folder / "expected.npz") as arrays:
         return dict(arrays)

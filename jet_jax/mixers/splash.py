@@ -6,6 +6,8 @@ blocks that nothing sees are skipped.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -74,6 +76,7 @@ def splash_attention(
             jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, 0), (0, pad)))
             for x in (q * jnp.asarray(scale, q.dtype), k, v)
         )
+        y: Any  # the kernel's type covers residuals too, which are not asked for
         if segment_ids is None:
             y = jax.vmap(kernel)(q, k, v)
         else:

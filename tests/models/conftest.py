@@ -8,14 +8,6 @@ from tiny import tiny_config
 from jet_jax.models.lm import HybridLM
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Unoptimised code compiles in half the time and computes the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def hybrid():
     """jet, swa, attn; weights large enough that every token matters to later ones."""
