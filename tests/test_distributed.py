@@ -24,8 +24,8 @@ def start(workdir: Path, devices: int, *arguments: str) -> subprocess.Popen:
     command = [
         sys.executable, "train.py", "--config=tests/train_configs/tiny.py",
         f"--workdir={workdir}", "--config.steps=4", "--config.eval_every=4",
-        "--config.mesh.data=-1", "--config.mesh.fsdp=2", "--config.mesh.tensor=1", "--config.checkpoint_every=0",
-        "--config.compile_cache=", *arguments,
+        "--config.mesh.data=-1", "--config.mesh.fsdp=2", "--config.mesh.tensor=1",
+        "--config.checkpoint_every=0", "--config.compile_cache=", *arguments,
     ]  # fmt: skip
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return subprocess.Popen(
