@@ -47,6 +47,8 @@ def read_config(directory: str | os.PathLike) -> ModelConfig:
                 "'gemma3_text', in a directory of its own"
             )
         return ModelConfig.from_hf(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
 

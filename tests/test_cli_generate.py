@@ -129,6 +129,7 @@ def test_ctrl_c_ends_without_a_traceback(folder, monkeypatch, capsys):
 )
 def test_bad_input_is_told_in_a_line(folder, arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("jet_jax.io.load", lambda *_, **__: pytest.fail("the weights were read"))
     Path("latin1.txt").write_bytes("café".encode("latin-1"))
     assert main(["generate", *arguments]) == 1
     out, err = capsys.readouterr()

@@ -229,7 +229,7 @@ def test_torch_files_load_like_safetensors(directory, shards):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "config.json: the config is not JSON|config.json: Expecting"),
+        ("{", "config.json is not valid JSON .Expecting"),
         ("[1]", "config.json: it is not a JSON object"),
         ('{"model_type": "mamba"}', "config.json: model_type 'mamba' is not supported"),
         ('{"model_type": "gemma3"}', "'gemma3' is an image-and-text model"),

@@ -181,7 +181,7 @@ def test_command_errors(tmp_path, capsys):
     broken.write_bytes(b"PK not really")
     for argv, message in [
         ([folder, str(tmp_path / "none.npz")], "does not exist"),
-        ([folder, str(broken)], "cannot be read as an .npz file"),
+        ([folder, str(broken)], "cannot be read as an .npz file: it is not a zip archive\n"),
         ([folder, "--tolerance", "0"], "must be positive"),
     ]:
         assert main(["verify", *argv]) == 1

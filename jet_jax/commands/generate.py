@@ -70,9 +70,15 @@ def run(args: argparse.Namespace) -> int:
     from jet_jax.generation import Generator, Timing
     from jet_jax.io import load, load_config
     from jet_jax.prompt_text import encode, ending_ids, find_tokenizer, load_matching
+    from jet_jax.sampling import make_sampling
 
+    # What is wrong with the request comes up before the weights are read.
+    config = load_config(args.model)
+    make_sampling(config.vocab_size, args.temperature, args.top_k, args.top_p)
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={args.max_new_tokens} must be at least 1")
     where = find_tokenizer(args.model, args.tokenizer)
-    tokenizer = load_matching(where, load_config(args.model))
+    tokenizer = load_matching(where, config)
     prompts = [encode(tokenizer, text, args.chat) for text in texts]
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     generator = Generator(load(args.model, dtype=dtype))

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def _read(path: Path, named: bool) -> dict[str, Any]:
     if not path.is_file():
         hint = "" if named else "; name the file of recorded outputs as the second argument"
         raise ValueError(f"{path} does not exist{hint}")
+    if not zipfile.is_zipfile(path):  # numpy would advise to allow pickles
+        raise ValueError(f"{path} cannot be read as an .npz file: it is not a zip archive")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
