@@ -194,7 +194,7 @@ def main(argv):
         config = TrainConfig.from_dict(_CONFIG.value.to_dict())
         name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
         run = prepare(config, Path(_WORKDIR.value or f"runs/{name}"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
     with jax.set_mesh(run.mesh), run.stack:
         finished = loop(run)
@@ -205,14 +205,23 @@ def main(argv):
 
 
 def parse_flags(argv):
-    """Parses the command line; a setting that a config does not have is an error of one line."""
+    """Parses the command line; what is wrong with it is an error of one line."""
     try:
-        return app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:
         message = error
         while isinstance(message, Exception):  # ml_collections wraps one in another
             message = message.args[0]
         sys.exit(f"train.py: error: no setting {' '.join(str(message).split())}")
+    except flags.Error as error:
+        *before, last = str(error).strip().splitlines()
+        if before and not last.strip().startswith("ValueError: "):
+            raise  # a mistake inside the config file, whose place the traceback tells
+        sys.exit(f"train.py: error: {last.strip().removeprefix('ValueError: ')}")
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    if not Path(path).is_file():
+        sys.exit(f"train.py: error: no config file {path}; the current folder is {Path.cwd()}")
+    return rest
 
 
 if __name__ == "__main__":
