@@ -123,6 +123,13 @@ def prepare(config: TrainConfig, workdir: Path) -> Run:
                checkpoints, sample, stack)  # fmt: skip
 
 
+def check_finite(n, values):
+    """Ends a run whose weights are no numbers any more, before it saves them."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise FloatingPointError(f"{name} is {float(values[name])} at step {n}")
+
+
 def loop(run: Run) -> bool:
     """Trains to the last step. Returns False if it was asked to stop before."""
     config, state, last, start = run.config, run.state, run.config.steps, int(run.state.step)
@@ -169,14 +176,18 @@ def loop(run: Run) -> bool:
             recorded = n
             writer.write(n, "train", record)
             display.train(n, record)
-            if not math.isfinite(record["loss"]):
-                raise FloatingPointError(f"the loss is {record['loss']} at step {n}")
+            check_finite(n, values)
+        evaluates = due(config.eval_every) and bool(run.valid)
+        samples = due(config.sample_every) and run.sample is not None
+        saves = due(config.checkpoint_every) or stopping
+        if evaluates or samples or saves:
+            check_finite(n, values)  # waits for the step, whose time is not to count as a pause
         clock = time.perf_counter()
-        if due(config.eval_every) and run.valid:
+        if evaluates:
             evaluate(n)
-        if due(config.sample_every) and run.sample:
+        if samples:
             show_samples(n)
-        if due(config.checkpoint_every) or stopping:
+        if saves:
             run.checkpoints.save(n, state, run.train, run.model, config.to_dict())
         speed.pause(time.perf_counter() - clock)
         if stopping:

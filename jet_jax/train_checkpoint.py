@@ -11,6 +11,7 @@ it is on disk, so a process killed while writing leaves the step before as the n
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ class TrainCheckpoints:
     def resolve_model(self, model: ModelConfig | None, init_from: str) -> ModelConfig:
         """Says which model the run trains: the newest step's, else the one asked for.
 
+        Number formats may differ: they say how a model is computed, not which one it is.
+
         Args:
           model: the model asked for; None takes the one at `init_from`.
           init_from: model directory that training starts from, or empty.
@@ -108,10 +111,8 @@ class TrainCheckpoints:
             return model
         if model is None:
             return saved
-        if saved != model:
-            raise ValueError(
-                f"{where} holds another model:\n{_differences(saved, model)}\n{advice}"
-            )
+        if differences := _differences(saved, model):
+            raise ValueError(f"{where} holds another model:\n{differences}\n{advice}")
         return model
 
     def restore(
@@ -146,7 +147,10 @@ class TrainCheckpoints:
         """Puts a copy of the tokenizer beside the checkpoints."""
         target = self.workdir / checkpoint.TOKENIZER
         if not target.is_dir():
-            hf.copy_companions(Path(tokenizer), target)
+            part = target.with_name(f"{target.name}.part")
+            shutil.rmtree(part, ignore_errors=True)  # of a run killed while it copied
+            if hf.copy_companions(Path(tokenizer), part):
+                part.rename(target)
 
     def wait(self) -> None:
         """Waits until everything that was saved is on disk."""

@@ -1,11 +1,14 @@
 """`train.py` as a user runs it: killed, stopped, resumed, and given bad settings."""
 
+import contextlib
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -17,8 +20,11 @@ from ml_collections import config_flags
 
 import train
 from jet_jax import checkpoint, io
+from jet_jax.data import load_tokenizer
 from jet_jax.metrics import read_records
-from jet_jax.params import flatten
+from jet_jax.params import abstract, flatten
+from jet_jax.text_samples import TextSampler
+from jet_jax.train_checkpoint import TrainCheckpoints
 from jet_jax.train_config import TrainConfig
 
 # config_flags reads config files by an old function of Python's.
@@ -220,6 +226,52 @@ def test_workdir_with_another_models_checkpoint(uninterrupted):
     message = str(error.value)
     assert "holds another model" in message and str(uninterrupted) in message
     assert "intermediate_size: 32 there, 48 here" in message and "--workdir" in message
+
+
+def test_number_formats_do_not_make_another_model(uninterrupted):
+    """The config's dtype is what `config.dtype` overrides, so it must not stop a continuation."""
+    checkpoints = TrainCheckpoints(uninterrupted)
+    model = read_config().model.replace(dtype="bfloat16", state_dtype="bfloat16")
+    assert checkpoints.resolve_model(model, "") == model
+    checkpoints.close()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    """The gradient is lost at step 2, whose metrics are not due, and a checkpoint is."""
+    config = read_config("--config.log_every=10", "--config.checkpoint_every=2")
+
+    def train_step(state, batch):
+        state = types.SimpleNamespace(step=state.step + 1)
+        names = ("loss", "grad_norm", "accuracy", "tokens", "lr")
+        values = dict.fromkeys(names, jax.numpy.ones(()))
+        return state, values | ({"grad_norm": jax.numpy.nan} if state.step == 2 else {})
+
+    checkpoints = mock.Mock()
+    with contextlib.ExitStack() as stack:
+        run = train.Run(
+            config, tmp_path, config.model, train.sharding.make_mesh(8),
+            types.SimpleNamespace(step=0), train_step, None,
+            itertools.repeat({"tokens": np.zeros((8, 16), np.int32)}), [], checkpoints, None, stack,
+        )  # fmt: skip
+        with pytest.raises(FloatingPointError, match="grad_norm is nan at step 2"):
+            train.loop(run)
+    assert not checkpoints.save.called
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "sample_prompts: prompt 0 is empty"),
+        ("Once", {"tokens": 0}, "sample_tokens=0 must be at least 1"),
+        ("Once", {"temperature": -1.0}, "temperature=-1.0 must be a finite number"),
+    ],
+)
+def test_samples_that_cannot_be_made_are_refused_before_training(prompt, options, message):
+    config = read_config()
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    graphdef, weights = abstract(config.model)
+    with pytest.raises(ValueError, match=message):
+        TextSampler(graphdef, weights, tokenizer, (prompt,), **options)
 
 
 def test_optimizer_state_that_does_not_fit(uninterrupted):
