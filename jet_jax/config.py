@@ -33,8 +33,9 @@ def _require_positive(name: str, value: Any) -> None:
 class RopeOptions:
     """Rotary position embedding: base, scaling kind and its numbers.
 
-    `kind` is one of "default", "linear", "llama3", "yarn". `factor` None under yarn means the ratio
-    of the model's maximum length to `original_max_position_embeddings`, resolved by `from_hf`.
+    `kind` is one of "default", "linear", "llama3", "yarn". Where a Hugging Face config of the kind
+    yarn names no factor, `from_hf` fills in the ratio of the model's maximum length to
+    `original_max_position_embeddings`.
     Source: transformers' rope parameters (names kept); YaRN arXiv 2309.00071.
     """
 

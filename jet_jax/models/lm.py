@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jet_jax.cache import Cache
+from jet_jax.cache import Cache, max_length
 from jet_jax.config import ModelConfig
 from jet_jax.mixers.context import Context
 from jet_jax.models.block import Block
@@ -124,7 +124,8 @@ class HybridLM(nnx.Module):
             row one sequence. With a cache there is one sequence a row, which the tokens continue.
           positions: token positions; by default they count the real tokens of each sequence
             from 0. Not to be given with a cache.
-          cache: continues the cached sequences: T = 1 decodes, T > 1 prefills a chunk.
+          cache: continues the cached sequences: T = 1 decodes, T > 1 prefills a chunk. The caller
+            sees to it that they fit: what goes beyond the cache's length is lost.
           logits_at: None for all positions; "last" for each row's last real token; an int [B]
             array of positions in the row; "none" to skip the head.
           collect: names of intermediate results to return, of `COLLECTABLE`.
@@ -239,6 +240,9 @@ class HybridLM(nnx.Module):
                     f"the cache has {len(cache.layers)} layers and {cache.length.shape[0]} rows, "
                     f"but the model has {len(self.layers)} layers and tokens {tokens.shape[0]} rows"
                 )
+            room, length = max_length(cache), tokens.shape[1]
+            if segment_ids is None and room is not None and length > room:
+                raise ValueError(f"{length} tokens do not fit in a cache of {room} a row")
         if isinstance(logits_at, str) and logits_at not in ("last", "none"):
             raise ValueError(f"logits_at={logits_at!r}: use None, 'last', 'none' or indices [B]")
         for name in collect:

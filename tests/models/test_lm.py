@@ -87,6 +87,7 @@ def test_errors(hybrid):
         ("positions follow from the cache", {"positions": SEGMENTS, "cache": cache}),
         ("the cache has 3 layers and 3 rows, but the model has 3 layers and tokens 2 rows",
          {"cache": init_cache(hybrid.config, 3, 16)}),
+        ("9 tokens do not fit in a cache of 8 a row", {"cache": init_cache(hybrid.config, 2, 8)}),
         ("logits_at='first'", {"logits_at": "first"}),
         ("collect: unknown 'attention'", {"collect": ("attention",)}),
     ]:  # fmt: skip
