@@ -33,7 +33,9 @@ from jet_jax.train_config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory that the run writes to; runs/NAME for configs/NAME.py by default."
+    "workdir",
+    None,
+    "Directory that the run writes to; by default runs/NAME[-ARG] for configs/NAME.py[:ARG].",
 )
 
 
@@ -196,6 +198,12 @@ def loop(run: Run) -> bool:
     return not stopping or recorded == last
 
 
+def default_workdir(flag):
+    """`runs/quickstart` for `configs/quickstart.py`, `runs/quickstart-smoke` for its `:smoke`."""
+    path, _, variant = config_flags.get_config_filename(flag).partition(":")
+    return f"runs/{Path(path).stem}" + (f"-{Path(variant).name}" if variant else "")
+
+
 def main(argv):
     """Reads the settings, trains, and says where the results are."""
     if len(argv) > 1:
@@ -203,8 +211,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax tells much at each checkpoint
     try:
         config = TrainConfig.from_dict(_CONFIG.value.to_dict())
-        name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
-        run = prepare(config, Path(_WORKDIR.value or f"runs/{name}"))
+        run = prepare(config, Path(_WORKDIR.value or default_workdir(flags.FLAGS["config"])))
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
     with jax.set_mesh(run.mesh), run.stack:

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jet_jax.config import AttentionOptions, JetOptions, ModelConfig
+from jet_jax.config import ModelConfig
+from jet_jax.mixer_options import AttentionOptions, JetOptions
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jet_jax.config import AttentionOptions, JetOptions, ModelConfig, RopeOptions
+from jet_jax.config import ModelConfig
+from jet_jax.mixer_options import AttentionOptions, JetOptions, RopeOptions
 
 HYBRID_MODEL_TYPE = "jet_jax_hybrid"
 

@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jet_jax.config import ModelConfig, RopeOptions
+from jet_jax.config import ModelConfig
 from jet_jax.hf_config import HYBRID_MODEL_TYPE, LAYER_NAMES, READERS, from_hf
+from jet_jax.mixer_options import RopeOptions
 
 
 def _write_rope(rope: RopeOptions) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jet_jax.config import DTYPES, ModelConfig, _build
+from jet_jax.config import DTYPES, ModelConfig
 from jet_jax.data.config import DataConfig
 from jet_jax.io import tokenizer_dir
+from jet_jax.mixer_options import build
 from jet_jax.models import remat
 from jet_jax.optim import OptimConfig
 
@@ -138,8 +139,8 @@ class TrainConfig:
         }
         for name, section in sections.items():
             if isinstance(values.get(name), Mapping):
-                values[name] = _build(section, values[name], name)
-        return _build(cls, values, "the config")
+                values[name] = build(section, values[name], name)
+        return build(cls, values, "the config")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict of all settings."""

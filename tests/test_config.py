@@ -10,7 +10,8 @@ from flax import nnx
 from tiny import tiny_config
 
 from jet_jax.cache import init_cache
-from jet_jax.config import AttentionOptions, JetOptions, ModelConfig, RopeOptions
+from jet_jax.config import ModelConfig
+from jet_jax.mixer_options import AttentionOptions, JetOptions, RopeOptions
 from jet_jax.models.lm import HybridLM
 from jet_jax.params import abstract, flatten, split, unflatten
 

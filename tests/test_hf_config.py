@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jet_jax.config import ModelConfig, RopeOptions
+from jet_jax.config import ModelConfig
+from jet_jax.mixer_options import RopeOptions
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = sorted(GOLDEN.glob("**/config.json"))

@@ -11,7 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jet_jax.config import AttentionOptions, ModelConfig
+from jet_jax.config import ModelConfig
+from jet_jax.mixer_options import AttentionOptions
 
 CONTEXTS = tuple(2**n * 1024 for n in range(2, 9))  # 4K to 256K tokens
 _MIB = 2**20
@@ -66,6 +67,8 @@ def _from_python(path: Path, argument: str) -> ModelConfig:
         raise ValueError(f"{path} defines no get_config()")
     config = module.get_config(argument) if argument else module.get_config()
     model = config.get("model")
+    if not model and config.get("init_from"):
+        return load_config(config.init_from)
     if not model:
         raise ValueError(f"{path}: get_config() has no 'model' section")
     return ModelConfig.from_dict(model.to_dict() if hasattr(model, "to_dict") else model)

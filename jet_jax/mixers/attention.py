@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jet_jax.cache import KVState, WindowState
-from jet_jax.config import AttentionOptions, ModelConfig
+from jet_jax.config import ModelConfig
+from jet_jax.mixer_options import AttentionOptions
 from jet_jax.mixers import attend
 from jet_jax.mixers.context import Context
 from jet_jax.models.linear import linear

@@ -23,7 +23,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jet_jax.cache import JetState
-from jet_jax.config import JetOptions, ModelConfig
+from jet_jax.config import ModelConfig
+from jet_jax.mixer_options import JetOptions
 from jet_jax.mixers.context import Context
 from jet_jax.models.linear import linear, precision
 from jet_jax.models.norm import GatedRMSNorm

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -19,7 +20,7 @@ from jet_jax.models.linear import linear, precision
 from jet_jax.models.norm import RMSNorm
 from jet_jax.models.remat import remat
 from jet_jax.sharding import constrain
-from kernels_pallas import segment_positions
+from kernels_pallas import segment_positions, validate_segment_ids
 
 COLLECTABLE = ("hidden_states", "mixer_outputs")
 
@@ -102,7 +103,23 @@ class HybridLM(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T E"]:
-        """Float32 logits of every position: `forward(tokens, segment_ids=...).logits`."""
+        """Float32 logits of every position: `forward(tokens, segment_ids=...).logits`.
+
+        Outside of jit the values are checked too.
+
+        Raises:
+          ValueError: for token ids outside the vocabulary or segment ids that recur in a row.
+        """
+        if _is_known(tokens):
+            ids = np.asarray(tokens)
+            low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"tokens holds ids from {low} to {high}, but the vocabulary has "
+                    f"{self.config.vocab_size}"
+                )
+        if segment_ids is not None and _is_known(segment_ids):
+            validate_segment_ids(np.asarray(segment_ids))
         return self.forward(tokens, segment_ids=segment_ids).logits
 
     def forward(
@@ -229,6 +246,8 @@ class HybridLM(nnx.Module):
         return self.head(picked)
 
     def _check(self, tokens, segment_ids, positions, cache, logits_at, collect) -> None:
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens has shape {tokens.shape}; expected [B, T], a row a sequence")
         for name, array in (("segment_ids", segment_ids), ("positions", positions)):
             if array is not None and array.shape != tokens.shape:
                 raise ValueError(f"{name} has shape {array.shape}, but tokens has {tokens.shape}")
@@ -253,6 +272,11 @@ class HybridLM(nnx.Module):
 def _apply(layer: Block, x: Array, ctx: Context, state: Any) -> tuple[Any, ...]:
     """One layer as a function, for remat."""
     return layer(x, ctx, state)
+
+
+def _is_known(x: Array) -> bool:
+    """Whether this process can look at the values now."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def _roll(x: Array, shift: Int[Array, " B"]) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jet_jax.config import RopeOptions
+from jet_jax.mixer_options import RopeOptions
 
 
 def _yarn(rope: RopeOptions, head_dim: int, frequencies: np.ndarray) -> np.ndarray:

@@ -93,3 +93,11 @@ def test_errors(hybrid):
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             hybrid.forward(TOKENS, **options)
+
+
+def test_values_are_checked_outside_of_jit(hybrid):
+    """Ids that would be clamped, and segments that would be mixed up, without a word."""
+    with pytest.raises(ValueError, match="tokens holds ids from 0 to 257, but the vocabulary has"):
+        hybrid(jnp.asarray([[0, 257]], jnp.int32))
+    with pytest.raises(ValueError, match="row 0"):
+        hybrid(jnp.ones((1, 3), jnp.int32), jnp.asarray([[1, 2, 1]], jnp.int32))
