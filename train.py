@@ -149,7 +149,8 @@ def loop(run: Run) -> bool:
         values = step.evaluate(run.eval_step, state.all_params(), run.valid, run.mesh)
         writer.write(n, "valid", values)
         loss = values["loss"]
-        display.say(f"step {n}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+        perplexity = math.exp(min(loss, 700))  # beyond it exp overflows
+        display.say(f"step {n}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
 
     def show_samples(n):
         assert run.sample is not None

@@ -86,3 +86,9 @@ def test_errors(tmp_path, capsys, name, text, message):
         path.write_text(text)
     assert main(["info", str(path)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_config_that_starts_from_a_model(capsys):
+    golden = GOLDEN / "qwen2_small"
+    facts = info(capsys, f"{ROOT / 'configs' / 'finetune.py'}:{golden}")
+    assert facts["parameters"] == info(capsys, golden)["parameters"]

@@ -68,6 +68,8 @@ def _from_python(path: Path, argument: str) -> ModelConfig:
     config = module.get_config(argument) if argument else module.get_config()
     model = config.get("model")
     if not model and config.get("init_from"):
+        from jet_jax.io import load_config
+
         return load_config(config.init_from)
     if not model:
         raise ValueError(f"{path}: get_config() has no 'model' section")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jet_jax.cache import Cache, max_length
@@ -276,7 +277,7 @@ def _apply(layer: Block, x: Array, ctx: Context, state: Any) -> tuple[Any, ...]:
 
 def _is_known(x: Array) -> bool:
     """Whether this process can look at the values now."""
-    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def _roll(x: Array, shift: Int[Array, " B"]) -> Array:
