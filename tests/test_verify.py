@@ -190,15 +190,23 @@ def test_command_errors(tmp_path, capsys):
     assert "is not a number of bytes" in capsys.readouterr().err
 
 
-# Rounding the random jet model's weights alone moves its logits by 1.9e-2.
-@pytest.mark.parametrize(
-    ("name", "limit"), [("jet_nemotron_small", 4e-2), ("gemma3_small", 2e-2), ("qwen3_small", 2e-2)]
-)
-def test_bfloat16_logits_are_near(name, limit):
-    """Weights and computation in bfloat16, against the float64 logits."""
+@pytest.mark.parametrize("name", ["jet_nemotron_small", "gemma3_small", "qwen3_small"])
+def test_bfloat16_logits_are_near(name):
+    """Weights and computation in bfloat16, against the float64 logits.
+
+    The goal is 2e-2. The random Jet-Nemotron is so ill-conditioned that rounding its weights alone
+    costs 1.9e-2; there the computation may cost about as much again, and no more.
+    """
     arrays = recording(Path(name))
-    model = jet_jax.load(GOLDEN / name, dtype="bfloat16")
-    graphdef, params = nnx.split(model)
     tokens = arrays["input_ids"].astype(np.int32)
-    logits = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t))(params, tokens)
-    assert 1e-4 < relative_error(np.asarray(logits), arrays["logits"]) < limit
+
+    def error(model, params):
+        graphdef = nnx.graphdef(model)
+        logits = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t))(params, tokens)
+        return relative_error(np.asarray(logits), arrays["logits"])
+
+    half = jet_jax.load(GOLDEN / name, dtype="bfloat16")
+    rounded = jax.tree.map(lambda x: x.astype(np.float32), nnx.state(half))
+    storage = error(jet_jax.load(GOLDEN / name, dtype="float32"), rounded)
+    assert 1e-4 < error(half, nnx.state(half)) < max(2e-2, 2 * storage)
+    assert storage < 2e-2
