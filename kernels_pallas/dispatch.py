@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kernels_pallas.backend import platform
+
 
 def dispatch(
     op: str,
@@ -18,7 +20,7 @@ def dispatch(
       implementations: name to function, fastest first. A function that cannot take the arguments
         raises `NotImplementedError` with the reason.
       implementation: the one to call, without any fallback; None takes the first that supports
-        the arguments.
+        the arguments ("pallas" not on a CPU, where it would be interpreted).
       *args: passed on.
       **kwargs: passed on.
 
@@ -39,6 +41,8 @@ def dispatch(
         return implementations[implementation](*args, **kwargs)
     reasons = []
     for name, function in implementations.items():
+        if name == "pallas" and platform() == "cpu":
+            continue
         try:
             return function(*args, **kwargs)
         except NotImplementedError as error:

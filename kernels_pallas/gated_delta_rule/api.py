@@ -6,11 +6,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 from kernels_pallas.checks import check_array, check_same_dtype, check_segment_ids
 from kernels_pallas.dispatch import dispatch
+from kernels_pallas.gated_delta_rule.pallas import gated_delta_rule_pallas
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference
 from kernels_pallas.gated_delta_rule.step import step_reference, step_xla
 from kernels_pallas.gated_delta_rule.xla import gated_delta_rule_xla
 
-CHUNK = {"xla": gated_delta_rule_xla, "reference": gated_delta_rule_reference}
+CHUNK = {
+    "pallas": gated_delta_rule_pallas,
+    "xla": gated_delta_rule_xla,
+    "reference": gated_delta_rule_reference,
+}
 STEP = {"xla": step_xla, "reference": step_reference}
 
 
@@ -48,13 +53,13 @@ def gated_delta_rule(
 
     Differentiable in q, k, v, g, beta and initial_state, through both outputs. Sums are kept in
     float32 whatever the inputs; float32 inputs are multiplied in full float32. With bfloat16
-    inputs "xla" multiplies bfloat16 operands, but for the products that rounding would hurt most
-    (those with the chunks' inverses and scores), and "reference" multiplies in float32.
+    inputs "pallas" multiplies bfloat16 operands; "xla" too, but for the products that rounding
+    would hurt most (those with the chunks' inverses and scores); "reference" multiplies in float32.
 
     Memory kept for the backward pass: "reference" keeps a state a token (K·V values a head);
-    "xla" keeps its inputs and `chunk_size` values a token and value head (named
-    "gated_delta_rule_inverse" for remat policies), and rebuilds one state a chunk (K·V /
-    chunk_size values a token and head) while the backward pass runs.
+    "pallas" and "xla" keep their inputs and `chunk_size` values a token and value head (named
+    "gated_delta_rule_inverse" for remat policies; in q's dtype, "xla" in float32), and rebuild one
+    state a chunk (K·V / chunk_size values a token and head) while the backward pass runs.
 
     Args:
       q: queries [B, T, H, K].
@@ -72,12 +77,16 @@ def gated_delta_rule(
       use_qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6) per head, in float32.
       state_dtype: dtype of the returned state; inside it is float32.
       chunk_size: tokens a chunk, a power of two from 16 to 256.
-      axis_name: mesh axis over which T is split, inside `shard_map`.
-      implementation: "reference" (token by token), "xla" (chunks), or None for the fastest that
-        supports the arguments. A named one never falls back.
+      axis_name: mesh axis over which T is split, inside the caller's `shard_map`: every device
+        holds the same number of tokens, in order, and the initial state of the first device counts.
+        Only "pallas" takes it.
+      implementation: "reference" (token by token), "xla" (chunks), "pallas" (kernels for a GPU or
+        a TPU, interpreted elsewhere), or None for the fastest that supports the arguments. A named
+        one never falls back.
 
     Returns:
-      o [B, T, HV, V] in v's dtype, and the state [B, HV, K, V] after the last real token.
+      o [B, T, HV, V] in v's dtype, and the state [B, HV, K, V] after the last real token (with
+      `axis_name` of the last device's part, on every device).
 
     Raises:
       ValueError: shapes or dtypes that do not fit, a bad chunk_size, an unknown implementation.

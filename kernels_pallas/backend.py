@@ -1,0 +1,142 @@
+"""The one place where kernels meet a device: platform, `pallas_call` and products.
+
+Kernel bodies are written once. `pallas` hands a body to Triton on a GPU, to Mosaic on a TPU and to
+the interpreter elsewhere; `matmul` says what a product may round, which the three agree on:
+bfloat16 operands are multiplied exactly and summed in float32, float32 operands are multiplied to
+float32 accuracy (three TF32 passes on a GPU, six bfloat16 passes on a TPU), and nothing is left to
+a device's default precision. So the interpreter rounds where the hardware rounds.
+"""
+
+import contextlib
+import contextvars
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as pltriton
+
+PLATFORMS = ("gpu", "tpu", "cpu")
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+# Said at every lowering. What comes after Pallas-Triton is a driver of the same mathematics.
+warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
+
+
+def platform() -> str:
+    """Returns the platform that kernels are traced for: "gpu", "tpu" or "cpu" (interpreted)."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    name = jax.default_backend()
+    return name if name in PLATFORMS else "cpu"
+
+
+@contextlib.contextmanager
+def compile_for(name: str, *, interpret: bool = False) -> Iterator[None]:
+    """Traces kernels for another platform than the process runs on, to compile ahead of time.
+
+    Args:
+      name: "gpu", "tpu" or "cpu".
+      interpret: run the platform's kernels, its layouts and blocks included, in the interpreter.
+
+    Raises:
+      ValueError: another name.
+    """
+    if name not in PLATFORMS:
+        raise ValueError(f"platform {name!r} is unknown; use one of {', '.join(PLATFORMS)}")
+    token, other = _forced.set(name), _interpreted.set(interpret)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+        _interpreted.reset(other)
+
+
+def pallas(
+    body: Callable[..., None],
+    *,
+    name: str,
+    grid: Sequence[int],
+    in_specs: Any,
+    out_specs: Any,
+    out_shape: Any,
+    sequential: int = 0,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    aliases: dict[int, int] | None = None,
+    vmem_bytes: int | None = None,
+) -> Callable[..., Any]:
+    """Makes a `pallas_call` for the platform in force.
+
+    Args:
+      body: the kernel.
+      name: its name in profiles.
+      grid: number of programs along each axis.
+      in_specs: as for `pallas_call`.
+      out_specs: as for `pallas_call`.
+      out_shape: as for `pallas_call`.
+      sequential: how many of the last grid axes run in order (TPU; a GPU runs all at once, so
+        they must have one program there).
+      num_warps: warps a program (GPU).
+      num_stages: depth of the software pipeline of loops (GPU).
+      aliases: input index to output index, for outputs that take an input's memory.
+      vmem_bytes: memory that a program may use (TPU); None is the compiler's default.
+
+    Returns:
+      The function of the arrays.
+    """
+    target = platform()
+    options: dict[str, Any] = {}
+    if target == "cpu" or _interpreted.get():
+        options["interpret"] = True
+    elif target == "gpu":
+        options["compiler_params"] = pltriton.CompilerParams(
+            num_warps=num_warps, num_stages=num_stages
+        )
+    else:
+        parallel = len(grid) - sequential
+        options["compiler_params"] = pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * sequential,
+            vmem_limit_bytes=vmem_bytes,
+        )
+    return pl.pallas_call(
+        body,
+        name=name,
+        grid=tuple(grid),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        input_output_aliases=aliases or {},
+        **options,
+    )
+
+
+NN = ((1,), (0,))  # a @ b
+NT = ((1,), (1,))  # a @ b.T
+TN = ((0,), (0,))  # a.T @ b
+
+
+def matmul(a: jax.Array, b: jax.Array, contract: Any = NN) -> jax.Array:
+    """Multiplies two matrices inside a kernel and sums in float32.
+
+    Args:
+      a: matrix, bfloat16 or float32.
+      b: matrix of the same dtype.
+      contract: which axes are summed over: `NN`, `NT` or `TN`.
+
+    Returns:
+      The float32 product (see the module's docstring for what is rounded).
+    """
+    assert a.dtype == b.dtype, (a.dtype, b.dtype)
+    precision: Any = None
+    if a.dtype == jnp.float32:
+        on_gpu = platform() == "gpu" and not _interpreted.get()
+        precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if on_gpu else "highest"
+    return jax.lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,48 @@
+"""Sizes of the kernels' blocks, by platform and shape. `benchmarks/tune_kernels.py` finds them."""
+
+import dataclasses
+
+CHUNK = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the work is cut.
+
+    Attributes:
+      chunks: chunks a program in the kernels that take all chunks at once (scores, gradients).
+      walk_chunks: chunks a program of the walks holds at a time; 0 is the whole sequence.
+      v_block: columns of V a program of the walks takes; 0 is all.
+      v_step: columns of V that the gradient kernel takes at a time; 0 is all.
+      scores: (warps, stages) of the score kernel.
+      walk: the same of the walk with outputs.
+      states: the same of the walk that rebuilds states and errors.
+      back: the same of the walk back.
+      gradients: the same of the gradient kernel.
+      programs: the walks' programs that fill the device; fewer, and T is cut into segments.
+    """
+
+    chunks: int = 1
+    walk_chunks: int = 0
+    v_block: int = 64
+    v_step: int = 64
+    scores: tuple[int, int] = (4, 1)
+    walk: tuple[int, int] = (4, 2)
+    states: tuple[int, int] = (4, 2)
+    back: tuple[int, int] = (4, 2)
+    gradients: tuple[int, int] = (8, 1)
+    programs: int = 384
+
+
+GPU = Blocks()
+TPU = Blocks(chunks=8, walk_chunks=8, v_block=0, v_step=0, programs=0)
+
+
+def find_blocks(platform: str, key_width: int, value_width: int) -> Blocks:
+    """Returns the blocks for a platform and a head's key and value width."""
+    del value_width
+    if platform == "tpu":
+        return TPU
+    if key_width > 128:  # the state of a program is too large for four warps' registers
+        return dataclasses.replace(GPU, walk=(8, 1), states=(8, 1), back=(8, 1))
+    return GPU

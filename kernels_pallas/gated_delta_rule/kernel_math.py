@@ -1,0 +1,392 @@
+"""The chunk's mathematics as the kernels do it: pure functions of values, for one chunk and head.
+
+Notation as in chunk_math.py, for one chunk of C rows; k and q are the rows as they were given,
+r_i and m_i the factors that normalise them (m includes the scale), D the decay between rows, γ
+from the chunk's start, ε to its end. With L = stril(KKᵀ ∘ D) the rule reads
+
+    N = V − γ (K S) − L β N        so   N = T (V − γ (K S)),   T = (I + L diag(β))^-1
+    O = γ (Q S) + tril(QKᵀ ∘ D) β N        S' = γ_C S + Kᵀ (ε β N)
+
+N are the recurrence's errors v_t − S~ᵀ k_t, so β N are its δ. T is the inverse of the column-scaled
+matrix, which makes the backward pass the mirror image of the forward one:
+
+    Z = P'ᵀ dO + ε β (K dS')     dV = Tᵀ Z     dS = γ_C dS' + Qᵀ (γ dO) − Kᵀ (γ dV)
+
+with P' = tril(QKᵀ ∘ D) diag(β). Everything that does not need the state is worked out beforehand
+for all chunks at once (`scores`): T, P' and per row f = γ r, h = γ m and w = ε β r. What is left
+for the walk over the chunks is five products, each fed by the one before. The walk holds the
+state as Sᵀ [V, K], so that on a GPU the left operand of every product of the chain is what the
+last one left in registers, and only T, P', K and Q come from shared memory.
+
+All gradients follow from five products of a chunk, summed over V:
+
+    X = dO Nᵀ    Y = dV Nᵀ    a = γ m (dO Sᵀ)    b = −γ r (dV Sᵀ)    c = ε β r (N dS'ᵀ)
+
+Rows are K-column parts (tuples), since Triton wants powers of two: 96 is 64 + 32.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.backend import NN, NT, TN, matmul
+
+Parts = tuple[jax.Array, ...]
+L2_EPS = 1e-6
+
+
+def _indices(size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the row and the column number of every entry of a [C, C] matrix."""
+    shape = (size, size)
+    return (
+        jax.lax.broadcasted_iota(jnp.int32, shape, 0),
+        jax.lax.broadcasted_iota(jnp.int32, shape, 1),
+    )
+
+
+def to_column(row: jax.Array) -> jax.Array:
+    """Turns a row [1, C] into a column [C, 1], as a masked sum, which every backend has."""
+    i, j = _indices(row.shape[1])
+    return jnp.sum(jnp.where(i == j, row, 0.0), axis=1)[:, None]
+
+
+def to_row(column: jax.Array) -> jax.Array:
+    """Turns a column [C, 1] into a row [1, C]."""
+    i, j = _indices(column.shape[0])
+    return jnp.sum(jnp.where(i == j, column, 0.0), axis=0)[None, :]
+
+
+def _sum(parts) -> jax.Array:
+    total = None
+    for part in parts:
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def between(coarse: jax.Array, fine: jax.Array, strictly: bool = False) -> jax.Array:
+    """Returns D [C, C], zero above the diagonal (and on it if `strictly`).
+
+    Args:
+      coarse: running sum of the decays' coarse parts, [1, C] (see gates.py: differences of
+        coarse sums are exact).
+      fine: running sum of the rests, [1, C].
+      strictly: leaves the diagonal out.
+    """
+    i, j = _indices(coarse.shape[1])
+    log = (to_column(coarse) - coarse) + (to_column(fine) - fine)
+    return jnp.exp(jnp.where((i > j) if strictly else (i >= j), log, -jnp.inf))
+
+
+def normalisers(q: Parts, k: Parts, scale: float, use_qk_l2norm: bool) -> tuple[jax.Array, ...]:
+    """Returns the factors m and r of query and key rows, [C, 1] float32."""
+    size = k[0].shape[0]
+    if not use_qk_l2norm:
+        return jnp.full((size, 1), scale, jnp.float32), jnp.full((size, 1), 1.0, jnp.float32)
+    m, r = (
+        jax.lax.rsqrt(
+            _sum(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=1)[:, None] for x in rows) + L2_EPS
+        )
+        for rows in (q, k)
+    )
+    return m * scale, r
+
+
+def _high_low(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def unit_inverse(a: jax.Array, operands: jnp.dtype) -> jax.Array:
+    """Inverts I + a, a strictly lower triangular [C, C], C a power of two.
+
+    Blocks of 2 are known; each round joins pairs of inverted blocks: with the part a' of `a` that
+    links them, X − X a' X is the inverse of the joined block. Every intermediate is an exact
+    inverse of a part of I + a, so nothing grows that must cancel later, as powers of `a` do for
+    keys that resemble each other.
+
+    With bfloat16 operands the rounds are run in bfloat16 and one Newton step, X + X (I − (I+a) X),
+    repairs the result: rounded X is exact in bfloat16, so two products with the halves of `a`
+    give the residual to 1e-5. Error 1e-5 to 6e-5, at 13 products instead of the 30 of a ladder of
+    split operands, and far under the 1e-3 of storing the result in bfloat16.
+
+    Args:
+      a: the strictly lower triangular matrix, float32.
+      operands: dtype of the products' operands, bfloat16 or float32.
+
+    Returns:
+      The inverse, float32.
+    """
+    i, j = _indices(a.shape[0])
+
+    def mul(x, y):
+        return matmul(x.astype(operands), y.astype(operands))
+
+    x = jnp.where(i == j, 1.0, 0.0) - jnp.where((i >> 1) == (j >> 1), a, 0.0)
+    bits = 1
+    while (2 << bits) <= a.shape[0]:
+        # Links the odd block of 2^bits rows to the even one before it.
+        links = ((i >> bits) == (j >> bits) + 1) & (((i >> bits) & 1) == 1)
+        x = x - mul(mul(x, jnp.where(links, a, 0.0)), x)
+        bits += 1
+    if operands == jnp.bfloat16:
+        rounded = x.astype(operands)
+        high, low = _high_low(a)
+        product = rounded.astype(jnp.float32) + (matmul(low, rounded) + matmul(high, rounded))
+        x = rounded.astype(jnp.float32) + mul(x, jnp.where(i == j, 1.0, 0.0) - product)
+    return x
+
+
+class Scores(NamedTuple):
+    """What one chunk alone determines."""
+
+    inverse: jax.Array | None  # T [C, C], in the operands' dtype
+    scores: jax.Array  # P' [C, C], in the operands' dtype
+    read_k: jax.Array  # f = γ r, [1, C]
+    read_q: jax.Array  # h = γ m, [1, C]
+    write: jax.Array  # w = ε β r, [1, C]
+
+
+class Gates(NamedTuple):
+    """A chunk's decays and writing strengths, rows [1, C] float32 (see gates.py)."""
+
+    coarse: jax.Array
+    fine: jax.Array
+    beta: jax.Array
+    from_start: jax.Array  # γ
+    to_end: jax.Array  # ε
+
+
+def chunk_scores(
+    q: Parts, k: Parts, gates: Gates, scale: float, use_qk_l2norm: bool, with_inverse: bool
+) -> Scores:
+    """Computes T (if asked for), P' and the row factors of one chunk.
+
+    Args:
+      q: query rows, parts [C, k_p].
+      k: key rows, parts [C, k_p].
+      gates: the chunk's gates.
+      scale: factor on the queries.
+      use_qk_l2norm: normalise rows.
+      with_inverse: compute T.
+
+    Returns:
+      The chunk's `Scores`.
+    """
+    m, r = normalisers(q, k, scale, use_qk_l2norm)
+    r_row = to_row(r)
+    decay = between(gates.coarse, gates.fine)
+    across = decay * (r_row * gates.beta)
+    scores = _sum(matmul(a, b, NT) for a, b in zip(q, k, strict=True)) * m * across
+    inverse = None
+    if with_inverse:
+        i, j = _indices(decay.shape[0])
+        gram = _sum(matmul(a, a, NT) for a in k) * r * across
+        inverse = unit_inverse(jnp.where(i > j, gram, 0.0), k[0].dtype).astype(k[0].dtype)
+    return Scores(
+        inverse,
+        scores.astype(k[0].dtype),
+        gates.from_start * r_row,
+        gates.from_start * to_row(m),
+        gates.to_end * gates.beta * r_row,
+    )
+
+
+def walk_chunk(
+    state: Parts, q: Parts | None, k: Parts, v: jax.Array, s: Scores, decay: jax.Array
+) -> tuple[Parts, jax.Array, jax.Array | None]:
+    """Takes the state over one chunk.
+
+    Args:
+      state: Sᵀ before the chunk, parts [V, k_p] float32.
+      q: query rows, parts [C, k_p]; None leaves the output out.
+      k: key rows, parts [C, k_p].
+      v: Vᵀ [V, C], float32.
+      s: the chunk's scores.
+      decay: γ_C, broadcast against [V, K].
+
+    Returns:
+      Sᵀ after the chunk, Nᵀ [V, C] in the operands' dtype, and Oᵀ [V, C] float32 or None.
+    """
+    dtype = k[0].dtype
+    rounded = [x.astype(dtype) for x in state]
+    read = _sum(matmul(x, y, NT) for x, y in zip(rounded, k, strict=True))
+    error = v - read * s.read_k
+    news = matmul(error.astype(dtype), s.inverse, NT)
+    o = None
+    if q is not None:
+        o = _sum(matmul(x, y, NT) for x, y in zip(rounded, q, strict=True)) * s.read_q
+        o = o + matmul(news.astype(dtype), s.scores, NT)
+    written = (news * s.write).astype(dtype)
+    state = tuple(x * decay + matmul(written, y, NN) for x, y in zip(state, k, strict=True))
+    return state, news.astype(dtype), o
+
+
+def walk_back_chunk(
+    dstate: Parts, q: Parts, k: Parts, do: jax.Array, s: Scores, decay: jax.Array
+) -> tuple[Parts, jax.Array]:
+    """Takes the state's gradient back over one chunk.
+
+    Args:
+      dstate: gradient of Sᵀ after the chunk, parts [V, k_p] float32.
+      q: query rows, parts [C, k_p].
+      k: key rows, parts [C, k_p].
+      do: dOᵀ [V, C], in the operands' dtype.
+      s: the chunk's scores.
+      decay: γ_C, broadcast against [V, K].
+
+    Returns:
+      The gradient of Sᵀ before the chunk, and dVᵀ [V, C] float32.
+    """
+    dtype = k[0].dtype
+    z = _sum(matmul(x.astype(dtype), y, NT) for x, y in zip(dstate, k, strict=True)) * s.write
+    z = z + matmul(do, s.scores, NN)
+    dv = matmul(z.astype(dtype), s.inverse, NN)
+    by_q = (do.astype(jnp.float32) * s.read_q).astype(dtype)
+    by_k = (dv * s.read_k).astype(dtype)
+    dstate = tuple(
+        x * decay + matmul(by_q, a, NN) - matmul(by_k, b, NN)
+        for x, a, b in zip(dstate, q, k, strict=True)
+    )
+    return dstate, dv
+
+
+class Products(NamedTuple):
+    """The products that all gradients of a chunk follow from, summed over V, float32."""
+
+    do_news: jax.Array  # dO Nᵀ [C, C]
+    dv_news: jax.Array  # dV Nᵀ [C, C]
+    do_state: Parts  # dO Sᵀ, parts [C, k_p]
+    dv_state: Parts  # dV Sᵀ, parts [C, k_p]
+    news_dstate: Parts  # N dS'ᵀ, parts [C, k_p]
+    state_dstate: jax.Array  # <S, dS'>, [1, 1]
+
+
+def no_products(size: int, k: Parts) -> Products:
+    """Returns zeros, to add to."""
+    square = jnp.zeros((size, size), jnp.float32)
+    rows = tuple(jnp.zeros((size, x.shape[1]), jnp.float32) for x in k)
+    return Products(square, square, rows, rows, rows, jnp.zeros((1, 1), jnp.float32))
+
+
+def add_products(
+    p: Products, state: Parts, dstate: Parts, do: jax.Array, dv: jax.Array, news: jax.Array
+) -> Products:
+    """Adds the share of some columns of V.
+
+    Args:
+      p: the sums so far.
+      state: Sᵀ before the chunk, parts [v, k_p], in the operands' dtype.
+      dstate: the gradient of Sᵀ after the chunk, likewise.
+      do: dO [C, v], in the operands' dtype.
+      dv: dV [C, v], likewise.
+      news: N [C, v], likewise.
+    """
+
+    def total(x, y):
+        product = x.astype(jnp.float32) * y.astype(jnp.float32)
+        return jnp.sum(jnp.sum(product, axis=0)[None, :], axis=1)[:, None]
+
+    def add(sums, rows, parts):
+        return tuple(x + matmul(rows, y, NN) for x, y in zip(sums, parts, strict=True))
+
+    return Products(
+        p.do_news + matmul(do, news, NT),
+        p.dv_news + matmul(dv, news, NT),
+        add(p.do_state, do, state),
+        add(p.dv_state, dv, state),
+        add(p.news_dstate, news, dstate),
+        p.state_dstate + _sum(total(x, y) for x, y in zip(state, dstate, strict=True)),
+    )
+
+
+class ChunkGradients(NamedTuple):
+    """Gradients of a chunk's inputs, float32."""
+
+    q: Parts
+    k: Parts
+    g: jax.Array  # [1, C]
+    beta: jax.Array  # [1, C]
+
+
+def _dot_rows(x: Parts, y: Parts) -> jax.Array:
+    return _sum(jnp.sum(a * b, axis=1)[:, None] for a, b in zip(x, y, strict=True))
+
+
+def _scaled(x: Parts, factor: jax.Array) -> Parts:
+    return tuple(a.astype(jnp.float32) * factor for a in x)
+
+
+def _added(*terms: Parts) -> Parts:
+    return tuple(_sum(parts) for parts in zip(*terms, strict=True))
+
+
+def chunk_gradients(
+    p: Products, q: Parts, k: Parts, gates: Gates, scale: float, use_qk_l2norm: bool
+) -> ChunkGradients:
+    """Computes the gradients of q, k, g and β of one chunk (dV comes from the walk back).
+
+    A log decay scales every factor whose span covers its row. The gradient of g is therefore the
+    sum of the gradients of all such factors' logarithms: of D_ij for j < t <= i, of γ_i for
+    t <= i, of ε_j for j < t, and of γ_C. The first of the sums is taken from row and column sums,
+    without the diagonal, which would cancel.
+
+    Args:
+      p: the chunk's products.
+      q: query rows, parts [C, k_p].
+      k: key rows, parts [C, k_p].
+      gates: the chunk's gates.
+      scale: factor on the queries.
+      use_qk_l2norm: whether rows were normalised.
+    """
+    dtype = k[0].dtype
+    i, j = _indices(k[0].shape[0])
+    m, r = normalisers(q, k, scale, use_qk_l2norm)
+    r_row, beta = to_row(r), to_column(gates.beta)
+    gamma = to_column(gates.from_start)
+    decay = between(gates.coarse, gates.fine)
+    across = decay * r_row
+    scores = _sum(matmul(a, b, NT) for a, b in zip(q, k, strict=True)) * m * across
+    gram = _sum(matmul(a, a, NT) for a in k) * r * across
+    by_scores, by_gram = scores * p.do_news, jnp.where(i > j, gram * p.dv_news, 0.0)
+
+    from_q = _scaled(p.do_state, gamma)
+    from_k = _scaled(p.dv_state, -gamma)
+    written = _scaled(p.news_dstate, to_column(gates.to_end))  # without β
+    kn = _scaled(k, r)
+
+    # dP ∘ D and dL ∘ D, columns scaled for the product with key rows, rows with query rows.
+    dscores = p.do_news * decay * gates.beta
+    dgram = jnp.where(i > j, p.dv_news * decay * gates.beta, 0.0)
+    dscores_k, dgram_k = (dscores * r_row).astype(dtype), (dgram * r_row).astype(dtype)
+    dscores_q, dgram_rows = (dscores * m).astype(dtype), (dgram * r).astype(dtype)
+    dq = tuple(x + matmul(dscores_k, y, NN) for x, y in zip(from_q, k, strict=True))
+    dk = tuple(
+        x + beta * w - matmul(dgram_k, b, NN) + matmul(dscores_q, a, TN) - matmul(dgram_rows, b, TN)
+        for x, w, a, b in zip(from_k, written, q, k, strict=True)
+    )
+
+    to_write = _dot_rows(kn, written)
+    dbeta = jnp.sum(by_scores - by_gram, axis=0)[None, :] + to_row(to_write)
+
+    pairs = jnp.where(i > j, by_scores, 0.0) - by_gram
+    pairs = pairs * gates.beta
+    from_start = _dot_rows(_scaled(q, m), from_q) + _dot_rows(kn, from_k)
+    per_row = jnp.sum(pairs, axis=1)[:, None] - to_column(jnp.sum(pairs, axis=0)[None, :])
+    per_row = per_row + from_start
+    dg = jnp.sum(jnp.where(i >= j, per_row, 0.0) + jnp.where(i < j, beta * to_write, 0.0), axis=0)
+    column = jax.lax.broadcasted_iota(jnp.int32, gates.from_start.shape, 1)
+    at_end = column == gates.from_start.shape[1] - 1
+    whole = jnp.sum(jnp.where(at_end, gates.from_start, 0.0), axis=1)[:, None]
+    dg = dg[None, :] + whole * p.state_dstate
+
+    if use_qk_l2norm:
+        # m holds the scale: x̂ = m x, dx = m (dx̂ − x̂ (x̂ · dx̂) / scale²).
+        dq_along = _dot_rows(_scaled(q, m), dq) * (m * m / (scale * scale))
+        dk_along = _dot_rows(kn, dk) * (r * r)
+    else:
+        dq_along = dk_along = jnp.zeros_like(r)
+    dq = tuple(m * x - dq_along * y.astype(jnp.float32) for x, y in zip(dq, q, strict=True))
+    dk = tuple(r * x - dk_along * y.astype(jnp.float32) for x, y in zip(dk, k, strict=True))
+    return ChunkGradients(dq, dk, dg, dbeta)

@@ -1,0 +1,253 @@
+"""The gated delta rule in four kernels, with its derivative, on a GPU or a TPU.
+
+    scores (all chunks)  ->  walk (over the chunks)                          forward
+    scores  ->  walk again for states and N  ->  walk back  ->  gradients    backward
+
+Mathematics: kernel_math.py. Segments, padding and the decays' exponents are dealt with in gates.py.
+Kept for the backward pass: the inputs and T (64 values a token and head, named
+"gated_delta_rule_inverse" for remat policies), and one state a segment where T is cut. P', the
+states (one a chunk) and N live only while the backward pass runs.
+
+Where a batch has few heads, T is cut into segments that walk side by side (compose.py); with
+`axis_name` the same composition crosses devices.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas import backend
+from kernels_pallas.gated_delta_rule import compose
+from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks, find_blocks
+from kernels_pallas.gated_delta_rule.gates import bordered, from_rows, gate_rows
+from kernels_pallas.gated_delta_rule.gradients import gradients
+from kernels_pallas.gated_delta_rule.kernel_math import Scores
+from kernels_pallas.gated_delta_rule.layout import for_kernel
+from kernels_pallas.gated_delta_rule.scores import scores
+from kernels_pallas.gated_delta_rule.walk import walk
+from kernels_pallas.gated_delta_rule.walk_back import walk_back
+from kernels_pallas.segments import segment_ordinals
+
+INVERSE = "gated_delta_rule_inverse"  # the name that remat policies know T by
+V_UNIT = 64  # columns of V that a GPU's tensor cores take at a time
+
+
+class Options(NamedTuple):
+    """What is fixed at trace time."""
+
+    scale: float
+    use_qk_l2norm: bool
+    axis_name: str | None
+    blocks: Blocks
+    segments: int
+
+
+def gated_delta_rule_pallas(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T HV V"],
+    g: Float[Array, "B T HV"] | None,
+    beta: Float[Array, "B T HV"],
+    *,
+    scale: float | None,
+    initial_state: Float[Array, "B HV K V"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    use_qk_l2norm: bool,
+    state_dtype: jnp.dtype,
+    chunk_size: int,
+    axis_name: str | None,
+    blocks: Blocks | None = None,
+) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
+    """Runs the recurrence in kernels; `blocks` overrides the table of blocks.py."""
+    check_supported(q, v, chunk_size)
+    batch, length, heads, width = v.shape
+    key_width = k.shape[-1]
+    platform = backend.platform()
+    blocks = find_blocks(platform, key_width, width) if blocks is None else blocks
+
+    ordinals = before = None
+    if segment_ids is not None and axis_name is not None:
+        ordinals, before = _ordinals_over_devices(segment_ids, axis_name)
+    g, beta = bordered(g, beta, segment_ids, ordinals, before)
+    # Padding changes nothing: β = 0 writes nothing, g = 0 decays nothing.
+    segments = _segments(batch * heads, width, length, blocks)
+    unit = CHUNK * segments * max(blocks.chunks, blocks.walk_chunks)
+    q, k, v, g, beta = (_pad_time(x, -length % unit) for x in (q, k, v, g, beta))
+    missing = -width % V_UNIT if platform != "tpu" else 0
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    # Segments become rows of the batch.
+    fold = lambda x: x.reshape(batch * segments, -1, *x.shape[2:])  # noqa: E731
+    q, k, v, g, beta = (fold(x) for x in (q, k, v, g, beta))
+    state = jnp.zeros((batch, heads, key_width, width), jnp.float32)
+    state = state if initial_state is None else initial_state.astype(jnp.float32)
+    state = jnp.pad(jnp.swapaxes(state, 2, 3), ((0, 0), (0, 0), (0, missing), (0, 0)))
+
+    factor = key_width**-0.5 if scale is None else float(scale)
+    options = Options(factor, use_qk_l2norm, axis_name, blocks, segments)
+    o, state = _rule(options, q, k, v, g, beta, state)
+    o = o.reshape(batch, -1, *o.shape[2:])[:, :length, :, :width]
+    if segment_ids is not None:
+        o = jnp.where((segment_ids != 0)[..., None, None], o, 0)
+    return o, jnp.swapaxes(state, 2, 3)[..., :width].astype(state_dtype)
+
+
+def check_supported(q: jax.Array, v: jax.Array, chunk_size: int) -> None:
+    """Raises NotImplementedError, with the reason, for what the kernels do not take."""
+    if chunk_size != CHUNK:
+        raise NotImplementedError(f"chunk_size={chunk_size}: the kernels work in chunks of {CHUNK}")
+    if v.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"q, k and v are {v.dtype}: the kernels take bfloat16 or float32")
+    key_width, width = q.shape[-1], v.shape[-1]
+    if key_width % 32 or not 64 <= key_width <= 256:
+        raise NotImplementedError(f"K={key_width}: the kernels take multiples of 32 from 64 to 256")
+    if width % 16 or not 64 <= width <= 1024:
+        raise NotImplementedError(f"V={width}: the kernels take multiples of 16 from 64 to 1024")
+
+
+def _pad_time(x: jax.Array, count: int) -> jax.Array:
+    return x if count == 0 else jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _ordinals_over_devices(segment_ids: jax.Array, axis_name: str) -> tuple[jax.Array, jax.Array]:
+    """Numbers a row's segments over all devices, and tells the number before this device's part."""
+    length = segment_ids.shape[1]
+    whole = jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
+    ordinals = jnp.pad(segment_ordinals(whole), ((0, 0), (1, 0)))
+    start = jax.lax.axis_index(axis_name) * length
+    own = jax.lax.dynamic_slice_in_dim(ordinals, start, length + 1, axis=1)
+    return own[:, 1:], own[:, 0]
+
+
+def _segments(rows: int, width: int, length: int, blocks: Blocks) -> int:
+    """Number of segments that fill the device, a power of two, each 32 chunks long or more."""
+    programs = rows * math.ceil(width / (blocks.v_block or width))
+    segments = 1
+    while 2 * segments * programs <= blocks.programs and length >= 2 * segments * 32 * CHUNK:
+        segments *= 2
+    return segments
+
+
+def _by_segment(x: jax.Array, segments: int) -> jax.Array:
+    """Brings [B·S, ...] to [S, B, ...]."""
+    return jnp.swapaxes(x.reshape(-1, segments, *x.shape[1:]), 0, 1)
+
+
+def _by_row(x: jax.Array) -> jax.Array:
+    """Brings [S, B, ...] to [B·S, ...]."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def _initial_states(options: Options, k, v, s: Scores, from_start, state):
+    """Returns the state before every segment, the one after all, and the segments' transitions."""
+    rows, heads, key_width = v.shape[0], from_start.shape[1], k.shape[-1]
+    width = state.shape[2]
+    zeros = jnp.zeros((rows, heads, width, key_width), jnp.float32)
+    (n,) = walk("final", None, k, v, s, from_start, zeros, blocks=options.blocks)
+    # M is what the rule makes of the identity when nothing is written.
+    unit = -key_width % V_UNIT if options.blocks.v_block else 0
+    eye = jnp.pad(jnp.eye(key_width, dtype=jnp.float32), ((0, unit), (0, 0)))
+    eye = jnp.broadcast_to(eye, (rows, heads, *eye.shape))
+    (x,) = walk("homogeneous", None, k, None, s, from_start, eye, blocks=options.blocks)
+    x, n = (_by_segment(y, options.segments) for y in (x[:, :, :key_width], n))
+    if options.axis_name is None:
+        before, last = compose.states_before(x, n, state)
+        return before, last, x
+    whole = jax.lax.all_gather(compose.compose(x, n), options.axis_name)
+    first = compose.on_first_device(state, options.axis_name)
+    before, last = compose.states_before(*whole, jax.lax.psum(first, options.axis_name))
+    own = jax.lax.dynamic_index_in_dim(before, jax.lax.axis_index(options.axis_name), 0, False)
+    return compose.states_before(x, n, own)[0], last, x
+
+
+def _is_split(options: Options) -> bool:
+    return options.segments > 1 or options.axis_name is not None
+
+
+def _forward(options: Options, q, k, v, g, beta, state):
+    gates = gate_rows(g, beta, CHUNK)
+    settings = {
+        "blocks": options.blocks,
+        "scale": options.scale,
+        "use_qk_l2norm": options.use_qk_l2norm,
+    }
+    q, k, v = (for_kernel(x) for x in (q, k, v))
+    s = scores(q, k, gates, **settings)
+    s = s._replace(inverse=checkpoint_name(s.inverse, INVERSE))
+    from_start = gates.from_start
+    split = None
+    last = None
+    initial = state
+    if _is_split(options):
+        before, last, x = _initial_states(options, k, v, s, from_start, state)
+        initial = _by_row(before)
+        split = (initial, x)
+    final, o = walk("output", q, k, v, s, from_start, initial, blocks=options.blocks)
+    last = final if last is None else last
+    return (for_kernel(o), last), (q, k, v, g, beta, state, s.inverse, split)
+
+
+def _backward(options: Options, residuals, cotangents):
+    q, k, v, g, beta, state, inverse, split = residuals
+    do, dlast = cotangents
+    blocks = options.blocks
+    settings = {
+        "blocks": blocks,
+        "scale": options.scale,
+        "use_qk_l2norm": options.use_qk_l2norm,
+    }
+    gates = gate_rows(g, beta, CHUNK)
+    from_start = gates.from_start
+    do = for_kernel(do.astype(v.dtype))
+    s = scores(q, k, gates, inverse=inverse, **settings)
+    initial = state if split is None else split[0]
+    _, news, states = walk("states", None, k, v, s, from_start, initial, blocks=blocks)
+
+    dfirst = None
+    if split is not None:
+        dlast, dfirst = _last_gradients(options, q, k, do, s, from_start, dlast, split[1])
+    dinitial, dv, dstates = walk_back(q, k, do, s, from_start, dlast, store=True, blocks=blocks)
+    dfirst = dinitial if dfirst is None else dfirst
+
+    groups = beta.shape[2] // (q.shape[1] if backend.platform() == "tpu" else q.shape[2])
+    dtype = q.dtype if groups == 1 else jnp.float32
+    dq, dk, dg, dbeta = gradients(
+        q, k, gates, news, dv, do, states, dstates, dtype=dtype, **settings
+    )
+
+    def of_key_heads(x):
+        x = for_kernel(x)
+        if groups == 1:
+            return x
+        return jnp.sum(x.reshape(*x.shape[:2], -1, groups, x.shape[-1]), axis=3).astype(q.dtype)
+
+    dq, dk = of_key_heads(dq), of_key_heads(dk)
+    return dq, dk, for_kernel(dv), from_rows(dg), from_rows(dbeta), dfirst
+
+
+def _last_gradients(options: Options, q, k, do, s: Scores, from_start, dlast, x):
+    """Returns the gradient of the state after every segment, and that of the initial state."""
+    zeros = jnp.zeros((do.shape[0], *dlast.shape[1:]), jnp.float32)
+    (n,) = walk_back(q, k, do, s, from_start, zeros, store=False, blocks=options.blocks)
+    n = _by_segment(n, options.segments)
+    if options.axis_name is None:
+        after, first = compose.gradients_after(x, n, dlast)
+        return _by_row(after), first
+    # Every device returned the last state, so its gradient is the sum of theirs.
+    dlast = jax.lax.psum(dlast, options.axis_name)
+    whole = compose.compose(x, n)[0], compose.gradients_after(x, n, jnp.zeros_like(dlast))[1]
+    after, first = compose.gradients_after(*jax.lax.all_gather(whole, options.axis_name), dlast)
+    own = jax.lax.dynamic_index_in_dim(after, jax.lax.axis_index(options.axis_name), 0, False)
+    after = compose.gradients_after(x, n, own)[0]
+    return _by_row(after), compose.on_first_device(first, options.axis_name)
+
+
+def _outputs(options: Options, q, k, v, g, beta, state):
+    return _forward(options, q, k, v, g, beta, state)[0]
+
+
+_rule = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
+_rule.defvjp(_forward, _backward)
