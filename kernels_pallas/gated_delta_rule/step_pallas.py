@@ -1,0 +1,250 @@
+"""One token of the gated delta rule in one kernel: the state is read once and written in place.
+
+With raw rows q and k, factors m = scale / |q| and r = 1 / |k| (without l2-normalisation m = scale,
+r = 1), γ = e^g, and both products taken of the state as it comes in:
+
+    a = Sᵀk    b = Sᵀq    δ = β (v − γ r a)    S' = γ S + k (r δ)ᵀ    o = m (γ b + r (q·k) δ)
+
+So nothing waits for the new state, nor the products for the norms. The state is all the traffic:
+2·K·V values a head (B128 H12 K96 V256 in float32: 302 MB, 101 µs at 3.0 TB/s); q, k, v, o, g and β
+are less than one per cent of it. Everything small happens here too, since decoding is bound by
+launches where it is not bound by the state: on a GPU the whole step is this one launch.
+
+GPU: a program takes `v_block` columns of one head's state, [K, v_block]; columns of V do not depend
+on each other, so nothing is shared. The block is loaded once, stays in registers (that is why
+`v_block` is small: 48 to 96 registers a thread) and is stored over itself. Loads run along V, 16
+bytes a thread. K is cut into equal parts whose size is a power of two (96 = 3 · 32), which the
+Triton compiler asks for; their products are added up before the one reduction over rows, which
+crosses warps. Enough programs run beside each other on a multiprocessor to keep loads in flight
+while others reduce or store.
+
+TPU: a program takes whole states of `heads` heads of one sequence into VMEM, about a megabyte, so
+that copies in and out overlap with the arithmetic of the program before. Rows lie along lanes there
+and are turned into columns with a mask. Operands get a unit axis for the (8, 128) tiles first.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from kernels_pallas import backend
+from kernels_pallas.gated_delta_rule.blocks import StepBlocks, find_step_blocks
+from kernels_pallas.gated_delta_rule.inputs import L2_EPS
+
+MAX_PART = 128  # rows of K in one part on a GPU
+
+
+def step_values(
+    tiles: Sequence[jax.Array],
+    q: Sequence[jax.Array],
+    k: Sequence[jax.Array],
+    v: jax.Array,
+    gamma: jax.Array | float,
+    beta: jax.Array,
+    query_factor: jax.Array,
+    key_factor: jax.Array,
+    overlap: jax.Array,
+) -> tuple[list[jax.Array], jax.Array]:
+    """The equations above for some columns of one head, on values.
+
+    Args:
+      tiles: the state's rows [K, V] in equal parts, float32.
+      q: raw queries as columns [K, 1] in the same parts, float32.
+      k: raw keys, likewise.
+      v: value row [1, V], float32.
+      gamma: decay.
+      beta: writing strength; as all factors a scalar or [1, 1].
+      query_factor: m.
+      key_factor: r.
+      overlap: q·k of the raw rows.
+
+    Returns:
+      The new state in the same parts, and o [1, V].
+    """
+    read_k, read_q = (
+        jnp.sum(functools.reduce(jnp.add, map(jnp.multiply, tiles, x)), axis=0, keepdims=True)
+        for x in (k, q)
+    )
+    error = v - gamma * key_factor * read_k
+    # Selected, not only multiplied: an infinite value must not reach a row that writes nothing.
+    delta = key_factor * jnp.where(beta == 0, 0.0, beta * error)
+    o = query_factor * (gamma * read_q + overlap * delta)
+    return [gamma * s + x * delta for s, x in zip(tiles, k, strict=True)], o
+
+
+def _rows_to_values(q, k, *, scale: float, use_qk_l2norm: bool):
+    """Returns m, r and q·k of rows that lie along the last axis, in parts."""
+
+    def dot(x, y):
+        products = functools.reduce(jnp.add, map(jnp.multiply, x, y))
+        return jnp.sum(products) if products.ndim == 1 else jnp.sum(products, axis=1, keepdims=True)
+
+    if not use_qk_l2norm:
+        return scale, 1.0, dot(q, k)
+    query_factor, key_factor = (jax.lax.rsqrt(dot(x, x) + L2_EPS) for x in (q, k))
+    return scale * query_factor, key_factor, dot(q, k)
+
+
+def _gpu_body(q_ref, k_ref, v_ref, beta_ref, *refs, part: int, has_decay: bool, options: dict):
+    """One block of columns of one head's state."""
+    g_ref, (s_ref, o_ref, new_ref) = refs[0] if has_decay else None, refs[-3:]
+    parts = [slice(i, i + part) for i in range(0, k_ref.shape[0], part)]
+    tiles = [s_ref[p, :].astype(jnp.float32) for p in parts]
+    q, k = ([ref[p].astype(jnp.float32) for p in parts] for ref in (q_ref, k_ref))
+    new_tiles, o = step_values(
+        tiles,
+        [x[:, None] for x in q],
+        [x[:, None] for x in k],
+        v_ref[...].astype(jnp.float32)[None, :],
+        1.0 if g_ref is None else jnp.exp(g_ref[...].astype(jnp.float32)),
+        beta_ref[...].astype(jnp.float32),
+        *_rows_to_values(q, k, **options),
+    )
+    for p, tile in zip(parts, new_tiles, strict=True):
+        new_ref[p, :] = tile.astype(new_ref.dtype)
+    o_ref[...] = jnp.sum(o, axis=0).astype(o_ref.dtype)
+
+
+def _tpu_body(q_ref, k_ref, v_ref, beta_ref, *refs, repeats: int, has_decay: bool, options: dict):
+    """Whole states of several heads of one sequence, one after another."""
+    g_ref, (s_ref, o_ref, new_ref) = refs[0] if has_decay else None, refs[-3:]
+    heads, width = s_ref.shape[0], k_ref.shape[-1]
+    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (width, width), i) for i in (0, 1))
+
+    def column(row):
+        return jnp.sum(jnp.where(rows == columns, row, 0.0), axis=1, keepdims=True)
+
+    def gate(ref, head):
+        at = jax.lax.broadcasted_iota(jnp.int32, ref.shape, 1) == head
+        return jnp.sum(jnp.where(at, ref[...].astype(jnp.float32), 0.0), axis=1, keepdims=True)
+
+    for i in range(heads):
+        head = pl.program_id(1) * heads + i
+        q, k = (ref[i // repeats].astype(jnp.float32) for ref in (q_ref, k_ref))
+        (tile,), o = step_values(
+            [s_ref[i].astype(jnp.float32)],
+            [column(q)],
+            [column(k)],
+            v_ref[i].astype(jnp.float32),
+            1.0 if g_ref is None else jnp.exp(gate(g_ref, head)),
+            gate(beta_ref, head),
+            *_rows_to_values([q], [k], **options),
+        )
+        new_ref[i] = tile.astype(new_ref.dtype)
+        o_ref[i] = o.astype(o_ref.dtype)
+
+
+def step_pallas(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B HV V"],
+    g: Float[Array, "B HV"] | None,
+    beta: Float[Array, "B HV"],
+    state: Float[Array, "B HV K V"],
+    *,
+    scale: float | None,
+    use_qk_l2norm: bool,
+    blocks: StepBlocks | None = None,
+) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV K V"]]:
+    """Takes one step in one kernel; `blocks` overrides the table of blocks.py."""
+    _check_supported(q, v, state)
+    batch, heads, key_width, width = state.shape
+    if blocks is None:
+        blocks = find_step_blocks(batch * heads, key_width, width, state.dtype)
+    options = {
+        "scale": key_width**-0.5 if scale is None else float(scale),
+        "use_qk_l2norm": use_qk_l2norm,
+    }
+    call = _on_tpu if backend.platform() == "tpu" else _on_gpu
+    return call(q, k, v, g, beta, state, blocks, options)
+
+
+def _check_supported(q: jax.Array, v: jax.Array, state: jax.Array) -> None:
+    """Raises NotImplementedError, with the reason, for what the kernel does not take."""
+    if state.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"state is {state.dtype}: the kernel takes bfloat16 or float32")
+    if v.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"q, k and v are {v.dtype}: the kernel takes bfloat16 or float32")
+    key_width, width = q.shape[-1], v.shape[-1]
+    if key_width % 32 or not 32 <= key_width <= 256:
+        raise NotImplementedError(
+            f"q and k have K={key_width}: the kernel takes multiples of 32 up to 256"
+        )
+    if width % 16 or width > 1024:
+        raise NotImplementedError(f"v has V={width}: the kernel takes multiples of 16 up to 1024")
+
+
+def _on_gpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
+    batch, heads, key_width, width = state.shape
+    repeats = heads // q.shape[1]
+    v_block = min(blocks.v_block, width & -width)
+    part = min(key_width & -key_width, MAX_PART)
+
+    def shared(b, h, c):
+        return (b, h if repeats == 1 else jax.lax.div(h, repeats), 0)
+
+    gate = pl.BlockSpec((None, None), lambda b, h, c: (b, h))
+    row = pl.BlockSpec((None, None, v_block), lambda b, h, c: (b, h, c))
+    tile = pl.BlockSpec((None, None, key_width, v_block), lambda b, h, c: (b, h, 0, c))
+    wide = pl.BlockSpec((None, None, key_width), shared)
+    gates = (beta,) if g is None else (beta, g)
+    o, new_state = backend.pallas(
+        functools.partial(_gpu_body, part=part, has_decay=g is not None, options=options),
+        name="gated_delta_step",
+        grid=(batch, heads, width // v_block),
+        in_specs=[wide, wide, row, *(gate for _ in gates), tile],
+        out_specs=[row, tile],
+        out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype), _like(state)],
+        num_warps=blocks.warps,
+        aliases={3 + len(gates): 1},
+    )(q, k, v, *gates, state)
+    return o, new_state
+
+
+def _on_tpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
+    batch, heads, key_width, width = state.shape
+    repeats = heads // q.shape[1]
+    taken = _heads_a_program(state, repeats, blocks.head_bytes)
+    shared = max(taken // repeats, 1)
+
+    def q_head(b, h):
+        return (b, h if taken >= repeats else jax.lax.div(h * taken, repeats), 0, 0)
+
+    gate = pl.BlockSpec((None, 1, heads), lambda b, h: (b, 0, 0))
+    row = pl.BlockSpec((None, taken, 1, width), lambda b, h: (b, h, 0, 0))
+    tile = pl.BlockSpec((None, taken, key_width, width), lambda b, h: (b, h, 0, 0))
+    wide = pl.BlockSpec((None, shared, 1, key_width), q_head)
+    gates = (beta,) if g is None else (beta, g)
+    body = functools.partial(
+        _tpu_body, repeats=min(repeats, taken), has_decay=g is not None, options=options
+    )
+    o, new_state = backend.pallas(
+        body,
+        name="gated_delta_step",
+        grid=(batch, heads // taken),
+        in_specs=[wide, wide, row, *(gate for _ in gates), tile],
+        out_specs=[row, tile],
+        out_shape=[jax.ShapeDtypeStruct((batch, heads, 1, width), v.dtype), _like(state)],
+        aliases={3 + len(gates): 1},
+    )(q[:, :, None], k[:, :, None], v[:, :, None], *(x[:, None] for x in gates), state)
+    return o[:, :, 0], new_state
+
+
+def _heads_a_program(state: jax.Array, repeats: int, limit: int) -> int:
+    """Returns the most heads, whole groups of them or a part of one, within `limit` bytes."""
+    heads = state.shape[1]
+    one = state.shape[2] * state.shape[3] * state.dtype.itemsize
+    fitting = [
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and (n % repeats == 0 or repeats % n == 0) and n * one <= limit
+    ]
+    return max(fitting, default=1)
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
