@@ -4,12 +4,19 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from kernels_pallas import backend
 from kernels_pallas.checks import check_array, check_same_dtype, check_segment_ids
+from kernels_pallas.conv_history import check_tail
 from kernels_pallas.dispatch import dispatch
+from kernels_pallas.dynamic_conv.pallas import dynamic_conv_pallas
 from kernels_pallas.dynamic_conv.reference import dynamic_conv_reference
 from kernels_pallas.dynamic_conv.xla import dynamic_conv_xla
 
-IMPLEMENTATIONS = {"xla": dynamic_conv_xla, "reference": dynamic_conv_reference}
+IMPLEMENTATIONS = {
+    "pallas": dynamic_conv_pallas,
+    "xla": dynamic_conv_xla,
+    "reference": dynamic_conv_reference,
+}
 
 
 def dynamic_conv(
@@ -20,6 +27,7 @@ def dynamic_conv(
     *,
     tail: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Convolves each channel causally with taps generated for the output token, then SiLU.
@@ -31,8 +39,9 @@ def dynamic_conv(
     before a segment's start are 0. Taps and values are rounded to u's dtype, sums are kept in
     float32. Differentiable in all floating-point arguments.
 
-    Memory kept for the backward pass: "xla" its inputs only (the taps, W·D values a token, are
-    computed again); "reference" the taps and W rows a token.
+    Memory kept for the backward pass: "pallas" and "xla" their inputs only (the taps, W·D values
+    a token, are computed again); "reference" the taps and W rows a token. While it runs, the
+    backward pass of "pallas" holds the W·D tap gradients a token in u's dtype.
 
     Args:
       u: values [B, T, D], before any activation.
@@ -43,14 +52,19 @@ def dynamic_conv(
       segment_ids: [B, T] integers, 0 for padding. Each segment (a maximal run of one non-zero
         id) starts from zeros but the first of the row, which continues `tail`. Padding leaves the
         tail untouched, and v is 0 there.
-      implementation: "reference" (token by token), "xla" (shifted sums), or None for the fastest.
+      axis_name: axis of the caller's `shard_map` over which T is split, in order. The devices
+        exchange W-1 rows; `tail`, in and out, is the same on all of them.
+      implementation: "reference" (token by token), "xla" (shifted sums), "pallas" (one kernel with
+        the product; interpreted on a CPU), or None for the fastest that takes the arguments.
 
     Returns:
       v [B, T, D] in u's dtype, and the new tail [B, W-1, D] in the tail's dtype (u's if None):
       the last W-1 real rows of the row's last segment, with zeros or the old tail before them.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, an unknown implementation.
+      ValueError: shapes or dtypes that do not fit, an unknown implementation, fewer than W-1
+        tokens a device under `axis_name`.
+      NotImplementedError: the named implementation cannot take the arguments.
     """
     u, h, w2, b2 = (jnp.asarray(x) for x in (u, h, w2, b2))
     sizes: dict[str, int] = {}
@@ -63,22 +77,12 @@ def dynamic_conv(
         raise ValueError(
             f"T={sizes['T']} tokens and W={sizes['W']} taps, expected T >= 1 and W >= 2"
         )
-    if tail is None:
-        tail = jnp.zeros((sizes["B"], sizes["W"] - 1, sizes["D"]), u.dtype)
-        has_tail = False
-    else:
-        tail = jnp.asarray(tail)
-        has_tail = True
-        expected = (sizes["B"], sizes["W"] - 1, sizes["D"])
-        if tuple(tail.shape) != expected:
-            raise ValueError(
-                f"tail has shape {tuple(tail.shape)}, "
-                f"expected [B={expected[0]}, W-1={expected[1]}, D={expected[2]}]"
-            )
-        check_array({}, "tail", tail, "B W-1 D")
+    tail, has_tail = check_tail(sizes, u, tail)
     if segment_ids is not None:
         segment_ids = jnp.asarray(segment_ids)
         check_segment_ids(sizes, segment_ids)
+    if implementation is None and backend.platform() == "cpu":
+        implementation = "xla"  # the kernel would be interpreted
     return dispatch(
         "dynamic_conv",
         IMPLEMENTATIONS,
@@ -90,4 +94,5 @@ def dynamic_conv(
         tail=tail,
         has_tail=has_tail,
         segment_ids=segment_ids,
+        axis_name=axis_name,
     )

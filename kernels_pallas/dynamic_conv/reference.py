@@ -16,9 +16,12 @@ def dynamic_conv_reference(
     tail: Float[Array, "B W-1 D"],
     has_tail: bool,
     segment_ids: Int[Array, "B T"] | None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """Slides a window of the last W rows over the tokens; `has_tail` has no effect on it."""
     del has_tail
+    if axis_name is not None:
+        raise NotImplementedError("axis_name is not supported")
     stored = u.dtype
     dtype = jnp.result_type(stored, jnp.float32)
     w2, b2 = w2.astype(stored).astype(dtype), b2.astype(stored).astype(dtype)

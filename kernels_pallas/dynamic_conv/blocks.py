@@ -1,0 +1,96 @@
+"""Tile sizes of the fused kernels, by device, pass and dtype; `benchmarks/tune_conv.py` finds them.
+
+A tile is `rows` tokens by `channels` channels with all their W taps. The kernels see a power of
+two of taps (leading ones are 0), so a tile's product has W·channels columns.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+MAX_TAPS = 8
+COLUMNS = 256  # of a GPU tile's product: 256 with 128 rows is what a multiprocessor can hold
+
+
+class Blocks(NamedTuple):
+    """One kernel's tile.
+
+    Attributes:
+      rows: tokens a program.
+      channels: channels a program.
+      depth: how much of R the product takes at a time (GPU; a TPU takes all of R).
+      warps: warps a program (GPU).
+      stages: loads in flight (GPU).
+    """
+
+    rows: int
+    channels: int
+    depth: int = 0
+    warps: int = 0
+    stages: int = 0
+
+
+# (pass, dtype) -> rows, columns of the product, depth, warps, stages
+_GPU = {
+    ("forward", "bfloat16"): (128, 256, 64, 8, 3),
+    ("backward", "bfloat16"): (128, 256, 64, 8, 3),
+    ("forward", "float32"): (128, 128, 32, 8, 2),
+    ("backward", "float32"): (128, 128, 32, 8, 2),
+}
+# (pass, dtype) -> rows, channels; what fits the 16 MB that a kernel has by default
+_TPU = {
+    ("forward", "bfloat16"): (256, 512),
+    ("backward", "bfloat16"): (256, 256),
+    ("forward", "float32"): (256, 256),
+    ("backward", "float32"): (128, 128),
+}
+
+
+def padded_width(width: int) -> int:
+    """Returns the power of two of taps that the kernels see for W taps."""
+    return 1 << (width - 1).bit_length()
+
+
+def choose(
+    device: str, which: str, dtype: jnp.dtype, length: int, channels: int, hidden: int, width: int
+) -> Blocks:
+    """Returns the tile for a shape.
+
+    Args:
+      device: "gpu" or "tpu".
+      which: "forward" or "backward".
+      dtype: u's.
+      length: tokens a row, T.
+      channels: D.
+      hidden: R.
+      width: W.
+
+    Raises:
+      NotImplementedError: the kernels do not take the shape or dtype.
+    """
+    key = (which, jnp.dtype(dtype).name)
+    if key not in _GPU:
+        raise NotImplementedError(f"u has dtype {key[1]}; the kernel takes bfloat16 and float32")
+    if width > MAX_TAPS:
+        raise NotImplementedError(f"W={width} taps; the kernel takes up to {MAX_TAPS}")
+    if device == "gpu":
+        rows, columns, depth, warps, stages = _GPU[key]
+        wanted = columns // padded_width(width)
+        fits = next((c for c in (64, 32, 16) if c <= wanted and channels % c == 0), None)
+        if length < rows:
+            raise NotImplementedError(f"T={length} tokens a row; the kernel takes {rows} or more")
+        if fits is None:
+            raise NotImplementedError(f"D={channels} is not a multiple of 16")
+        depth = next((k for k in (64, 32, 16) if k <= depth and hidden % k == 0), None)
+        if depth is None:
+            raise NotImplementedError(f"R={hidden} is not a multiple of 16")
+        return Blocks(rows, fits, depth, warps, stages)
+    rows, wanted = _TPU[key]
+    if length < 16:
+        raise NotImplementedError(f"T={length} tokens a row; the kernel takes 16 or more")
+    rows = min(rows, length // 16 * 16)
+    if channels % 128 == 0:
+        return Blocks(rows, next(c for c in (512, 256, 128) if c <= wanted and channels % c == 0))
+    if channels > 2 * wanted:
+        raise NotImplementedError(f"D={channels} is not a multiple of 128")
+    return Blocks(rows, channels)

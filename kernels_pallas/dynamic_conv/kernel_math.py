@@ -1,0 +1,71 @@
+"""The arithmetic of the fused kernels: pure functions of values, one tile of rows and channels.
+
+With taps_j = round(h w2_j + b2_j), source_j the rows of u that tap j meets (row t-(W-1)+j, 0 where
+it is not the token's own) and dv the gradient of v, all [rows, channels]:
+
+    y = sum_j taps_j source_j            v       = silu(y)
+    dy = dv silu'(y)                     dtaps_j = dy source_j
+    du_s = sum_j parts_j[s + (W-1) - j]  parts_j = dy taps_j
+
+Only `parts` cross rows; how they are shifted is the affair of the kernel that moves the data.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+Tile = jax.Array
+
+
+def make_taps(products: Sequence[Tile], biases: Sequence[Tile], dtype: jnp.dtype) -> list[Tile]:
+    """Adds the bias to h w2_j and rounds the taps as every implementation does.
+
+    Args:
+      products: h w2_j of each tap, float32.
+      biases: b2_j of each tap, [1, channels].
+      dtype: dtype that taps are rounded to, u's.
+
+    Returns:
+      The taps, in `dtype`.
+    """
+    pairs = zip(products, biases, strict=True)
+    return [(product + bias.astype(jnp.float32)).astype(dtype) for product, bias in pairs]
+
+
+def convolve(taps: Sequence[Tile], sources: Sequence[Tile]) -> Tile:
+    """Returns y, the sum over taps, in float32."""
+    total = jnp.zeros(taps[0].shape, jnp.float32)
+    for tap, source in zip(taps, sources, strict=True):
+        total += tap.astype(jnp.float32) * source.astype(jnp.float32)
+    return total
+
+
+def silu(y: Tile) -> Tile:
+    """Returns y sigmoid(y)."""
+    return y * jax.nn.sigmoid(y)
+
+
+def silu_gradient(y: Tile, dv: Tile) -> Tile:
+    """Returns dy = dv silu'(y), float32."""
+    gate = jax.nn.sigmoid(y)
+    return dv.astype(jnp.float32) * gate * (1 + y * (1 - gate))
+
+
+def tap_gradients(dy: Tile, sources: Sequence[Tile]) -> list[Tile]:
+    """Returns dtaps_j, float32."""
+    return [dy * source.astype(jnp.float32) for source in sources]
+
+
+def source_gradients(dy: Tile, taps: Sequence[Tile], owns: Sequence[Tile | None]) -> list[Tile]:
+    """Returns parts_j, float32, 0 where the row that tap j meets is not the token's own.
+
+    Args:
+      dy: gradient of y.
+      taps: the taps.
+      owns: for each tap whether its row is the token's own, [rows, 1]; None if it always is.
+    """
+    parts = [dy * tap.astype(jnp.float32) for tap in taps]
+    return [
+        x if own is None else jnp.where(own, x, 0.0) for x, own in zip(parts, owns, strict=True)
+    ]

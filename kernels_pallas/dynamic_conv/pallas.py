@@ -1,0 +1,153 @@
+"""The dynamic convolution with the generator's product fused: the taps never reach memory.
+
+Forward is one kernel (gpu.py, tpu.py). Backward is one kernel that computes the taps again and
+gives du, db2 and the tap gradients, then two products over those:
+
+    dh = dtaps w2ᵀ        dw2 = hᵀ dtaps
+
+The tap gradients are W·D values a token and do pass through memory: as operands of products over
+W·D and over T they are needed by programs that share nothing. Only the op's inputs are kept for
+the backward pass.
+
+The kernels know rows of one call only. Where rows from before it matter (a tail, or another
+device's rows), the first W-1 outputs are computed again outside, by xla.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+from kernels_pallas import backend
+from kernels_pallas.conv_history import History, history
+from kernels_pallas.dynamic_conv import gpu, tpu
+from kernels_pallas.dynamic_conv.blocks import choose, padded_width
+from kernels_pallas.dynamic_conv.xla import shifted_sums
+
+
+def dynamic_conv_pallas(
+    u: Float[Array, "B T D"],
+    h: Float[Array, "B T R"],
+    w2: Float[Array, "R W D"],
+    b2: Float[Array, "W D"],
+    *,
+    tail: Float[Array, "B W-1 D"],
+    has_tail: bool,
+    segment_ids: Int[Array, "B T"] | None,
+    axis_name: str | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+    """Computes the op with the fused kernels.
+
+    Raises:
+      NotImplementedError: a shape or dtype that they do not take, in particular few tokens.
+    """
+    w2, b2 = w2.astype(u.dtype), b2.astype(u.dtype)
+    _choose("forward", u, h, w2)
+    _choose("backward", u, h, w2)
+    past, new_tail = history(u, tail, has_tail, segment_ids, axis_name)
+    seen = past.seen
+    if seen is not None and past.before is not None:
+        start = 0 if past.start is None else past.start[:, None]
+        seen = jnp.minimum(seen, jnp.arange(u.shape[1], dtype=jnp.int32) - start)
+    v = fused(u, h, w2, b2, seen)
+    if past.before is not None:
+        v = _first_rows(v, u, h, w2, b2, past)
+    return v, new_tail
+
+
+def _choose(which, u, h, w2):
+    device = "tpu" if backend.platform() == "tpu" else "gpu"
+    hidden, width, channels = w2.shape
+    return choose(device, which, u.dtype, u.shape[1], channels, hidden, width)
+
+
+def _first_rows(v, u, h, w2, b2, past: History):
+    """Replaces the W-1 outputs from row `start` on, the only ones that `before` reaches."""
+    count = w2.shape[1] - 1
+    if past.start is None:
+        first = shifted_sums(u[:, :count], h[:, :count], w2, b2, past)
+        return v.at[:, :count].set(first)
+    at = jnp.minimum(past.start, u.shape[1] - count)
+
+    def cut(x):
+        return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, count))(x, at)
+
+    window = History(past.before, past.start - at, cut(past.seen))
+    first = shifted_sums(cut(u), cut(h), w2, b2, window)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return jax.vmap(put)(v, first, at)
+
+
+@jax.custom_vjp
+def fused(
+    u: Float[Array, "B T D"],
+    h: Float[Array, "B T R"],
+    w2: Float[Array, "R W D"],
+    b2: Float[Array, "W D"],
+    seen: Int32[Array, "B T"] | None,
+) -> Float[Array, "B T D"]:
+    """The convolution of the rows of one call, all of one dtype.
+
+    Args:
+      u: values.
+      h: hidden activation.
+      w2: weight.
+      b2: bias.
+      seen: rows before each token that are its own, -1 for padding; None is all from row 0 on.
+    """
+    blocks = _choose("forward", u, h, w2)
+    w, b = (_grouped(x, blocks.channels) for x in (w2, b2))
+    run = tpu.forward if backend.platform() == "tpu" else gpu.forward
+    return run(u, h, w, b, seen, width=padded_width(w2.shape[1]), blocks=blocks)
+
+
+def _fused_forward(u, h, w2, b2, seen):
+    return fused(u, h, w2, b2, seen), (u, h, w2, b2, seen)
+
+
+def _fused_backward(kept, dv):
+    u, h, w2, b2, seen = kept
+    blocks, width = _choose("backward", u, h, w2), w2.shape[1]
+    w, b = (_grouped(x, blocks.channels) for x in (w2, b2))
+    run = tpu.backward if backend.platform() == "tpu" else gpu.backward
+    du, dtaps, db = run(u, h, w, b, dv, seen, width=padded_width(width), blocks=blocks)
+    dh = _product(dtaps, w, ((2,), (1,)))
+    dw = _product(h, dtaps, ((0, 1), (0, 1)))
+    dw, db = (_ungrouped(x, blocks.channels, width) for x in (dw, db.sum((0, 1))))
+    return du, dh.astype(h.dtype), dw.astype(w2.dtype), db.astype(b2.dtype), None
+
+
+fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _product(a, b, contract):
+    """Multiplies with float32 sums; float32 operands to float32 accuracy."""
+    precision = None
+    if a.dtype == jnp.float32:
+        on_gpu = backend.platform() == "gpu"
+        precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if on_gpu else "highest"
+    return jax.lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _grouped(x, channels):
+    """Orders [..., W, D] by channel tile, tap, channel, with leading taps of 0 up to a power of 2.
+
+    Returns:
+      [..., taps·D].
+    """
+    *lead, width, size = x.shape
+    extra = padded_width(width) - width
+    x = jnp.pad(x, [(0, 0)] * len(lead) + [(extra, 0), (0, 0)])
+    x = x.reshape(*lead, width + extra, size // channels, channels)
+    return x.swapaxes(-3, -2).reshape(*lead, -1)
+
+
+def _ungrouped(x, channels, width):
+    """Undoes `_grouped`."""
+    *lead, size = x.shape
+    taps = padded_width(width)
+    x = x.reshape(*lead, size // (taps * channels), taps, channels).swapaxes(-3, -2)
+    return x.reshape(*lead, taps, -1)[..., taps - width :, :]
