@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Int32
 
 from kernels_pallas.segments import segment_positions
@@ -32,7 +33,7 @@ class History(NamedTuple):
 
 
 def check_tail(
-    sizes: dict[str, int], u: jax.Array, tail: jax.Array | None
+    sizes: dict[str, int], u: jax.Array, tail: ArrayLike | None
 ) -> tuple[jax.Array, bool]:
     """Checks an incoming tail [B, W-1, D] and returns it, or zeros, and whether there was one.
 
