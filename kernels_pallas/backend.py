@@ -8,7 +8,6 @@ a device's default precision. So the interpreter rounds where the hardware round
 """
 
 import contextlib
-import contextvars
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,8 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as pltriton
 
 PLATFORMS = ("gpu", "tpu", "cpu")
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
-_interpreted = contextvars.ContextVar("interpreted", default=False)
+# (platform, interpreted) of `compile_for`. JAX keeps traces by it: what was traced for one platform
+# is not used for another.
+_forced = jax.make_user_context(None)
 
 # Said at every lowering. What comes after Pallas-Triton is a driver of the same mathematics.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
@@ -29,9 +29,8 @@ warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecat
 
 def platform() -> str:
     """Returns the platform that kernels are traced for: "gpu", "tpu" or "cpu" (interpreted)."""
-    forced = _forced.get()
-    if forced is not None:
-        return forced
+    if _forced.value is not None:
+        return _forced.value[0]
     name = jax.default_backend()
     return name if name in PLATFORMS else "cpu"
 
@@ -49,12 +48,13 @@ def compile_for(name: str, *, interpret: bool = False) -> Iterator[None]:
     """
     if name not in PLATFORMS:
         raise ValueError(f"platform {name!r} is unknown; use one of {', '.join(PLATFORMS)}")
-    token, other = _forced.set(name), _interpreted.set(interpret)
-    try:
+    with _forced((name, interpret)):
         yield
-    finally:
-        _forced.reset(token)
-        _interpreted.reset(other)
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in the interpreter."""
+    return platform() == "cpu" or (_forced.value is not None and _forced.value[1])
 
 
 def pallas(
@@ -70,6 +70,7 @@ def pallas(
     num_stages: int = 1,
     aliases: dict[int, int] | None = None,
     vmem_bytes: int | None = None,
+    fastest_first: Sequence[int] | None = None,
 ) -> Callable[..., Any]:
     """Makes a `pallas_call` for the platform in force.
 
@@ -86,13 +87,16 @@ def pallas(
       num_stages: depth of the software pipeline of loops (GPU).
       aliases: input index to output index, for outputs that take an input's memory.
       vmem_bytes: memory that a program may use (TPU); None is the compiler's default.
+      fastest_first: on a GPU, the grid's axes in the order in which programs are started, the
+        fastest one first, for the sake of the L2 cache; None starts with the first axis. The body
+        must not ask for its program id then.
 
     Returns:
       The function of the arrays.
     """
     target = platform()
     options: dict[str, Any] = {}
-    if target == "cpu" or _interpreted.get():
+    if is_interpreted():
         options["interpret"] = True
     elif target == "gpu":
         options["compiler_params"] = pltriton.CompilerParams(
@@ -104,6 +108,12 @@ def pallas(
             dimension_semantics=("parallel",) * parallel + ("arbitrary",) * sequential,
             vmem_limit_bytes=vmem_bytes,
         )
+    if target == "gpu" and fastest_first is not None:
+        order = tuple(fastest_first)
+        grid = [grid[axis] for axis in order]
+        in_specs, out_specs = jax.tree.map(
+            lambda spec: _reordered(spec, order), (in_specs, out_specs)
+        )
     return pl.pallas_call(
         body,
         name=name,
@@ -114,6 +124,15 @@ def pallas(
         input_output_aliases=aliases or {},
         **options,
     )
+
+
+def _reordered(spec: pl.BlockSpec, order: tuple[int, ...]) -> pl.BlockSpec:
+    """Makes the block spec of a grid whose axes come in another order."""
+
+    def index_map(*indices):
+        return spec.index_map(*(indices[order.index(axis)] for axis in range(len(order))))
+
+    return pl.BlockSpec(spec.block_shape, index_map)
 
 
 NN = ((1,), (0,))  # a @ b
@@ -135,7 +154,7 @@ def matmul(a: jax.Array, b: jax.Array, contract: Any = NN) -> jax.Array:
     assert a.dtype == b.dtype, (a.dtype, b.dtype)
     precision: Any = None
     if a.dtype == jnp.float32:
-        on_gpu = platform() == "gpu" and not _interpreted.get()
+        on_gpu = platform() == "gpu" and not is_interpreted()
         precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if on_gpu else "highest"
     return jax.lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32

@@ -9,6 +9,7 @@ from kernels_pallas.dispatch import dispatch
 from kernels_pallas.gated_delta_rule.pallas import gated_delta_rule_pallas
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference
 from kernels_pallas.gated_delta_rule.step import step_reference, step_xla
+from kernels_pallas.gated_delta_rule.step_pallas import step_pallas
 from kernels_pallas.gated_delta_rule.xla import gated_delta_rule_xla
 
 CHUNK = {
@@ -16,7 +17,7 @@ CHUNK = {
     "xla": gated_delta_rule_xla,
     "reference": gated_delta_rule_reference,
 }
-STEP = {"xla": step_xla, "reference": step_reference}
+STEP = {"pallas": step_pallas, "xla": step_xla, "reference": step_reference}
 
 
 def _check_heads(sizes: dict[str, int]) -> None:
@@ -149,7 +150,8 @@ def gated_delta_step(
     """Runs the gated delta rule for one token: `gated_delta_rule` with T = 1, without chunks.
 
     Sums are kept in float32. A row with beta = 0 and g = 0 keeps its state bit for bit: that is
-    how finished or empty rows are left alone.
+    how finished or empty rows are left alone. "pallas" updates the state where it lies if the
+    caller's `jit` donates it, else in a copy. Not differentiable there.
 
     Args:
       q: queries [B, H, K].
@@ -157,16 +159,19 @@ def gated_delta_step(
       v: values [B, HV, V] of the same dtype; HV is a multiple of H.
       g: natural log of the decay [B, HV]; None is no decay.
       beta: writing strength [B, HV].
-      state: [B, HV, K, V], float32 or bfloat16.
+      state: [B, HV, K, V], float32 or bfloat16 (float64 under `jax_enable_x64`).
       scale: factor on the queries; None is 1/sqrt(K).
       use_qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6) per head, in float32.
-      implementation: "reference", "xla", or None for the fastest.
+      implementation: "reference", "xla", "pallas" (one kernel for a GPU or a TPU, interpreted
+        elsewhere), or None for the fastest that supports the arguments. A named one never falls
+        back.
 
     Returns:
       o [B, HV, V] in v's dtype, and the new state in the state's dtype.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown implementation.
+      NotImplementedError: the named implementation cannot take the arguments, with the reason.
     """
     q, k, v, beta, state = (jnp.asarray(x) for x in (q, k, v, beta, state))
     sizes: dict[str, int] = {}
@@ -178,6 +183,8 @@ def gated_delta_step(
         g = jnp.asarray(g)
         check_array(sizes, "g", g, "B HV")
     check_array(sizes, "state", state, "B HV K V")
+    if state.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(f"state has dtype {state.dtype}, expected float32 or bfloat16")
     check_same_dtype(q=q, k=k, v=v)
     _check_heads(sizes)
     return dispatch(

@@ -30,9 +30,9 @@ class Blocks:
     v_step: int = 64
     scores: tuple[int, int] = (4, 1)
     walk: tuple[int, int] = (4, 2)
-    states: tuple[int, int] = (4, 2)
+    states: tuple[int, int] = (4, 3)
     back: tuple[int, int] = (4, 2)
-    gradients: tuple[int, int] = (8, 1)
+    gradients: tuple[int, int] = (8, 2)
     programs: int = 384
 
 

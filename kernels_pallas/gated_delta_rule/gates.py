@@ -10,6 +10,7 @@ into a part on a grid so coarse that sums of it are exact, and a rest too small 
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -93,6 +94,37 @@ def gate_rows(g: Float[Array, "B T HV"], beta: Float[Array, "B T HV"], chunk: in
     """
     g, beta = to_rows(jnp.maximum(g, BORDER), chunk), to_rows(beta, chunk)
     coarse = jnp.round(g * GRID) / GRID
-    coarse, fine = jnp.cumsum(coarse, axis=-1), jnp.cumsum(g - coarse, axis=-1)
+    coarse, fine = _running_sum(coarse), _running_sum(g - coarse)
     to_end = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
     return GateRows(coarse, fine, beta, jnp.exp(coarse + fine), jnp.exp(to_end))
+
+
+def _running_sum(x: jax.Array, *, backward: bool = False, without_own: bool = False) -> jax.Array:
+    """Sums along the last axis up to (`backward`: from) each entry."""
+    ones = jnp.tri(x.shape[-1], k=-1 if without_own else 0, dtype=x.dtype)  # [t, i], i <= t
+    return jnp.einsum("ti,...i->...t", ones.T if backward else ones, x, precision="highest")
+
+
+def decay_gradient(
+    gates: GateRows,
+    pairs: Float[Array, "B HV N C"],
+    from_start: Float[Array, "B HV N C"],
+    to_write: Float[Array, "B HV N C"],
+    states: Float[Array, "B HV N"],
+) -> Float[Array, "B HV N C"]:
+    """Sums the gradients of the log decays of the factors whose span covers each row.
+
+    Args:
+      gates: the gates.
+      pairs: row sums less column sums of the gradient of log D.
+      from_start: gradient of log γ.
+      to_write: gradient of log ε, divided by β.
+      states: <S, dS'>, from before each chunk and after it.
+
+    Returns:
+      The gradient of g.
+    """
+    whole = gates.from_start[..., -1] * states
+    after = _running_sum(pairs + from_start, backward=True)
+    before = _running_sum(gates.beta * to_write, without_own=True)
+    return after + before + whole[..., None]

@@ -1,13 +1,15 @@
 """Fourth kernel: the gradients of q, k, g and β, for all chunks at once.
 
-    X = dO Nᵀ    Y = dV Nᵀ    dO Sᵀ    dV Sᵀ    N dS'ᵀ
+    X = dO Nᵀ    Y = dV Nᵀ                      then G and J
+    dO Sᵀ        dV Sᵀ       N dS'ᵀ             then dQ and dK
 
-One program takes one chunk of one value head on a GPU, eight on a TPU, and adds these products up
-over blocks of V in registers (two [C, C] and three [C, K] sums, about 100 registers a thread of
-eight warps); then the closing arithmetic of `chunk_gradients`, with the derivative of the
-l2-normalisation. The loop over V is a loop, since unrolled its operands would not fit.
+(kernel_math.py has the equations.) One program takes one chunk of one value head on a GPU, eight on
+a TPU. It goes over V twice: the products between rows first, which leave two [C, C] matrices in
+bfloat16, then those with the states; together their sums would not fit in the registers. Both are
+loops, since unrolled their operands would not fit either. dO, dV and N come from L2 the second
+time.
 Read: dO, dV, N, S and dS' once, q and k: 4.9 KB a token and head at K = 96, V = 256, which makes it
-bound by memory. Written: dq, dk and two rows.
+bound by memory. Written: dq, dk and rows for g and β, which XLA sums up (gates.py).
 """
 
 import functools
@@ -18,43 +20,67 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import backend
+from kernels_pallas.backend import NT, matmul
 from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks
-from kernels_pallas.gated_delta_rule.gates import GateRows
-from kernels_pallas.gated_delta_rule.kernel_math import add_products, chunk_gradients, no_products
+from kernels_pallas.gated_delta_rule.gates import GateRows, decay_gradient
+from kernels_pallas.gated_delta_rule.kernel_math import (
+    PairProducts,
+    StateProducts,
+    add_state_products,
+    pair_gradients,
+    row_gradients,
+)
 from kernels_pallas.gated_delta_rule.layout import Layout, column_parts, load, row_shape, span
 from kernels_pallas.gated_delta_rule.scores import read_gates
+
+
+def _loop(steps, add, sums):
+    return add(0, sums) if steps == 1 else jax.lax.fori_loop(0, steps, add, sums)
 
 
 def _body(*refs, chunks, parts, v_step, scale, use_qk_l2norm):
     q_ref, k_ref, *gate_refs = refs[:7]
     news_ref, dv_ref, do_ref, states_ref, dstates_ref = refs[7:12]
-    dq_ref, dk_ref, dg_ref, dbeta_ref = refs[12:]
+    dq_ref, dk_ref, dbeta_ref, pairs_ref, from_start_ref, to_write_ref, inner_ref = refs[12:]
     steps = news_ref.shape[-1] // v_step
 
     def chunk(i, carry):
-        rows = span(i, CHUNK)
-        q, k = load(q_ref, rows, parts), load(k_ref, rows, parts)
+        rows, row = span(i, CHUNK), pl.ds(i, 1)
 
-        def add(j, products):
+        def add_pairs(j, sums):
             columns = span(j, v_step)
-            return add_products(
-                products,
-                tuple(states_ref[i, columns, part] for part in parts),
-                tuple(dstates_ref[i, columns, part] for part in parts),
-                do_ref[rows, columns],
-                dv_ref[rows, columns],
-                news_ref[rows, columns],
+            news = news_ref[rows, columns]
+            return PairProducts(
+                sums.do_news + matmul(do_ref[rows, columns], news, NT),
+                sums.dv_news + matmul(dv_ref[rows, columns], news, NT),
             )
 
-        products = no_products(CHUNK, k)
-        products = add(0, products) if steps == 1 else jax.lax.fori_loop(0, steps, add, products)
-        gates = read_gates(gate_refs, i)
-        out = chunk_gradients(products, q, k, gates, scale, use_qk_l2norm)
+        square = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+        sums = _loop(steps, add_pairs, PairProducts(square, square))
+        q, k = load(q_ref, rows, parts), load(k_ref, rows, parts)
+        pair = pair_gradients(sums, q, k, read_gates(gate_refs, i), scale, use_qk_l2norm)
+        dbeta_ref[row, :], pairs_ref[row, :] = pair.beta, pair.decay
+
+        def add_states(j, carry):
+            columns = span(j, v_step)
+            sums, inner = carry
+            state = tuple(states_ref[i, columns, part] for part in parts)
+            dstate = tuple(dstates_ref[i, columns, part] for part in parts)
+            do, dv, news = (ref[rows, columns] for ref in (do_ref, dv_ref, news_ref))
+            for x, y in zip(state, dstate, strict=True):
+                products = x.astype(jnp.float32) * y.astype(jnp.float32)
+                inner = inner + jnp.sum(products, axis=1)[:, None]
+            return add_state_products(sums, state, dstate, do, dv, news), inner
+
+        zeros = tuple(jnp.zeros((CHUNK, x.shape[1]), jnp.float32) for x in k)
+        inner = jnp.zeros((v_step, 1), jnp.float32)
+        sums, inner = _loop(steps, add_states, (StateProducts(zeros, zeros, zeros), inner))
+        out = row_gradients(sums, pair, q, k, read_gates(gate_refs, i), scale, use_qk_l2norm)
         for part, dq, dk in zip(parts, out.q, out.k, strict=True):
             dq_ref[rows, part] = dq.astype(dq_ref.dtype)
             dk_ref[rows, part] = dk.astype(dk_ref.dtype)
-        dg_ref[pl.ds(i, 1), :] = out.g
-        dbeta_ref[pl.ds(i, 1), :] = out.beta
+        from_start_ref[row, :], to_write_ref[row, :] = out.from_start, out.to_write
+        inner_ref[row, :] = jnp.sum(inner, axis=0)[:, None]
         return carry
 
     if chunks == 1:
@@ -105,10 +131,10 @@ def gradients(
     keys = layout.rows(n * CHUNK, key_width, value_head=False)
     dkeys = layout.rows(n * CHUNK, key_width)
     values, row = layout.rows(n * CHUNK, width), layout.per_chunk(n, CHUNK)
-    state = layout.per_chunk(n, width, key_width)
+    state, scalar = layout.per_chunk(n, width, key_width), layout.per_chunk(n, 1)
     rows = row_shape(batch, count * CHUNK, heads, key_width, dtype)
     factor = jax.ShapeDtypeStruct(gates.beta.shape, jnp.float32)
-    return backend.pallas(
+    dq, dk, dbeta, pairs, from_start, to_write, inner = backend.pallas(
         functools.partial(
             _body,
             chunks=n,
@@ -120,8 +146,11 @@ def gradients(
         name="gated_delta_gradients",
         grid=(batch, heads, count // n),
         in_specs=[keys, keys] + [row] * 5 + [values] * 3 + [state] * 2,
-        out_specs=[dkeys, dkeys, row, row],
-        out_shape=[rows, rows, factor, factor],
+        out_specs=[dkeys, dkeys] + [row] * 4 + [scalar],
+        out_shape=[rows, rows] + [factor] * 4 + [factor.update(shape=(batch, heads, count, 1))],
+        fastest_first=(1, 2, 0),
         num_warps=blocks.gradients[0],
         num_stages=blocks.gradients[1],
     )(q, k, *gates, news, dv, do, states, dstates)
+    dg = decay_gradient(gates, pairs, from_start, to_write, inner[..., 0])
+    return dq, dk, dg, dbeta + to_write

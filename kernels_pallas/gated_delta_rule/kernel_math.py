@@ -18,9 +18,25 @@ for the walk over the chunks is five products, each fed by the one before. The w
 state as Sᵀ [V, K], so that on a GPU the left operand of every product of the chain is what the
 last one left in registers, and only T, P', K and Q come from shared memory.
 
-All gradients follow from five products of a chunk, summed over V:
+All gradients follow from five products of a chunk, summed over V. Two are between rows:
 
-    X = dO Nᵀ    Y = dV Nᵀ    a = γ m (dO Sᵀ)    b = −γ r (dV Sᵀ)    c = ε β r (N dS'ᵀ)
+    X = dO Nᵀ    Y = stril(dV Nᵀ)
+
+    G = m (X ∘ D) β r           the gradient of QKᵀ, C x C
+    J = r (Y ∘ D) β r           minus the gradient of KKᵀ
+    dβ = colsum(X ∘ P) − colsum(Y ∘ L) + d        P = tril(QKᵀ ∘ D), d below
+
+and three are with the states. In terms of the rows as given, before their normalisation:
+
+    a = h (dO Sᵀ)    b = f (dV Sᵀ)    c = ε r (N dS'ᵀ)    d = rowsum(K ∘ c)
+    dQ = a + G K     dK = β c − b + Gᵀ Q − (J + Jᵀ) K
+
+and a normalised row takes away what lies along itself: dq −= (m²/scale²) (q·dq) q.
+
+A log decay scales every factor whose span covers its row, so its gradient sums the gradients of
+all such factors' logarithms: P ∘ X β − L ∘ Y β of D_ij for j < t <= i; q·a − k·b of γ_i for
+t <= i; β d of ε_j for j < t; and γ_C <S, dS'>. The sum over pairs is taken from their row and
+column sums, without the diagonal, which would cancel (gates.py: `decay_gradient`).
 
 Rows are K-column parts (tuples), since Triton wants powers of two: 96 is 64 + 32.
 """
@@ -30,7 +46,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.backend import NN, NT, TN, matmul
+from kernels_pallas.backend import NN, NT, TN, matmul, platform
 
 Parts = tuple[jax.Array, ...]
 L2_EPS = 1e-6
@@ -46,13 +62,17 @@ def _indices(size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def to_column(row: jax.Array) -> jax.Array:
-    """Turns a row [1, C] into a column [C, 1], as a masked sum, which every backend has."""
+    """Turns a row [1, C] into a column [C, 1]; on a TPU as a masked sum, which Mosaic has."""
+    if platform() != "tpu":
+        return row.T
     i, j = _indices(row.shape[1])
     return jnp.sum(jnp.where(i == j, row, 0.0), axis=1)[:, None]
 
 
 def to_row(column: jax.Array) -> jax.Array:
     """Turns a column [C, 1] into a row [1, C]."""
+    if platform() != "tpu":
+        return column.T
     i, j = _indices(column.shape[0])
     return jnp.sum(jnp.where(i == j, column, 0.0), axis=0)[None, :]
 
@@ -252,141 +272,145 @@ def walk_back_chunk(
     return dstate, dv
 
 
-class Products(NamedTuple):
-    """The products that all gradients of a chunk follow from, summed over V, float32."""
+class PairProducts(NamedTuple):
+    """Products between rows, summed over V, [C, C] float32."""
 
-    do_news: jax.Array  # dO Nᵀ [C, C]
-    dv_news: jax.Array  # dV Nᵀ [C, C]
-    do_state: Parts  # dO Sᵀ, parts [C, k_p]
-    dv_state: Parts  # dV Sᵀ, parts [C, k_p]
-    news_dstate: Parts  # N dS'ᵀ, parts [C, k_p]
-    state_dstate: jax.Array  # <S, dS'>, [1, 1]
+    do_news: jax.Array  # X
+    dv_news: jax.Array  # Y, not masked yet
 
 
-def no_products(size: int, k: Parts) -> Products:
-    """Returns zeros, to add to."""
-    square = jnp.zeros((size, size), jnp.float32)
-    rows = tuple(jnp.zeros((size, x.shape[1]), jnp.float32) for x in k)
-    return Products(square, square, rows, rows, rows, jnp.zeros((1, 1), jnp.float32))
+class PairGradients(NamedTuple):
+    """What follows from the products between rows."""
+
+    by_scores: jax.Array  # G [C, C], in the operands' dtype
+    by_gram: jax.Array  # J + Jᵀ [C, C], in the operands' dtype
+    beta: jax.Array  # [1, C], without d
+    decay: jax.Array  # row sums less column sums of the pairs, [1, C]
 
 
-def add_products(
-    p: Products, state: Parts, dstate: Parts, do: jax.Array, dv: jax.Array, news: jax.Array
-) -> Products:
-    """Adds the share of some columns of V.
+def pair_gradients(
+    x: PairProducts, q: Parts, k: Parts, gates: Gates, scale: float, use_qk_l2norm: bool
+) -> PairGradients:
+    """Computes one chunk's gradients with respect to the products between rows.
 
     Args:
-      p: the sums so far.
-      state: Sᵀ before the chunk, parts [v, k_p], in the operands' dtype.
-      dstate: the gradient of Sᵀ after the chunk, likewise.
-      do: dO [C, v], in the operands' dtype.
-      dv: dV [C, v], likewise.
-      news: N [C, v], likewise.
-    """
-
-    def total(x, y):
-        product = x.astype(jnp.float32) * y.astype(jnp.float32)
-        return jnp.sum(jnp.sum(product, axis=0)[None, :], axis=1)[:, None]
-
-    def add(sums, rows, parts):
-        return tuple(x + matmul(rows, y, NN) for x, y in zip(sums, parts, strict=True))
-
-    return Products(
-        p.do_news + matmul(do, news, NT),
-        p.dv_news + matmul(dv, news, NT),
-        add(p.do_state, do, state),
-        add(p.dv_state, dv, state),
-        add(p.news_dstate, news, dstate),
-        p.state_dstate + _sum(total(x, y) for x, y in zip(state, dstate, strict=True)),
-    )
-
-
-class ChunkGradients(NamedTuple):
-    """Gradients of a chunk's inputs, float32."""
-
-    q: Parts
-    k: Parts
-    g: jax.Array  # [1, C]
-    beta: jax.Array  # [1, C]
-
-
-def _dot_rows(x: Parts, y: Parts) -> jax.Array:
-    return _sum(jnp.sum(a * b, axis=1)[:, None] for a, b in zip(x, y, strict=True))
-
-
-def _scaled(x: Parts, factor: jax.Array) -> Parts:
-    return tuple(a.astype(jnp.float32) * factor for a in x)
-
-
-def _added(*terms: Parts) -> Parts:
-    return tuple(_sum(parts) for parts in zip(*terms, strict=True))
-
-
-def chunk_gradients(
-    p: Products, q: Parts, k: Parts, gates: Gates, scale: float, use_qk_l2norm: bool
-) -> ChunkGradients:
-    """Computes the gradients of q, k, g and β of one chunk (dV comes from the walk back).
-
-    A log decay scales every factor whose span covers its row. The gradient of g is therefore the
-    sum of the gradients of all such factors' logarithms: of D_ij for j < t <= i, of γ_i for
-    t <= i, of ε_j for j < t, and of γ_C. The first of the sums is taken from row and column sums,
-    without the diagonal, which would cancel.
-
-    Args:
-      p: the chunk's products.
+      x: the chunk's products.
       q: query rows, parts [C, k_p].
       k: key rows, parts [C, k_p].
       gates: the chunk's gates.
       scale: factor on the queries.
-      use_qk_l2norm: whether rows were normalised.
+      use_qk_l2norm: whether rows are normalised.
+
+    Returns:
+      The chunk's `PairGradients`.
     """
     dtype = k[0].dtype
-    i, j = _indices(k[0].shape[0])
     m, r = normalisers(q, k, scale, use_qk_l2norm)
-    r_row, beta = to_row(r), to_column(gates.beta)
-    gamma = to_column(gates.from_start)
     decay = between(gates.coarse, gates.fine)
-    across = decay * r_row
-    scores = _sum(matmul(a, b, NT) for a, b in zip(q, k, strict=True)) * m * across
-    gram = _sum(matmul(a, a, NT) for a in k) * r * across
-    by_scores, by_gram = scores * p.do_news, jnp.where(i > j, gram * p.dv_news, 0.0)
-
-    from_q = _scaled(p.do_state, gamma)
-    from_k = _scaled(p.dv_state, -gamma)
-    written = _scaled(p.news_dstate, to_column(gates.to_end))  # without β
-    kn = _scaled(k, r)
-
-    # dP ∘ D and dL ∘ D, columns scaled for the product with key rows, rows with query rows.
-    dscores = p.do_news * decay * gates.beta
-    dgram = jnp.where(i > j, p.dv_news * decay * gates.beta, 0.0)
-    dscores_k, dgram_k = (dscores * r_row).astype(dtype), (dgram * r_row).astype(dtype)
-    dscores_q, dgram_rows = (dscores * m).astype(dtype), (dgram * r).astype(dtype)
-    dq = tuple(x + matmul(dscores_k, y, NN) for x, y in zip(from_q, k, strict=True))
-    dk = tuple(
-        x + beta * w - matmul(dgram_k, b, NN) + matmul(dscores_q, a, TN) - matmul(dgram_rows, b, TN)
-        for x, w, a, b in zip(from_k, written, q, k, strict=True)
+    i, j = _indices(decay.shape[0])
+    decay_r = decay * to_row(r)
+    gram = _sum(matmul(a, a, NT) for a in k)
+    pairs = jnp.where(i > j, x.dv_news, 0.0) * (decay_r * r)
+    by_gram, products = pairs * gates.beta, -pairs * gram
+    pairs = x.do_news * (decay_r * m)
+    by_scores = pairs * gates.beta
+    products = products + pairs * _sum(matmul(a, b, NT) for a, b in zip(q, k, strict=True))
+    dbeta = jnp.sum(products, axis=0)[None, :]
+    products = jnp.where(i > j, products * gates.beta, 0.0)
+    rows = jnp.sum(products, axis=1)[:, None]
+    return PairGradients(
+        by_scores.astype(dtype),
+        (by_gram + by_gram.T).astype(dtype),
+        dbeta,
+        to_row(rows) - jnp.sum(products, axis=0)[None, :],
     )
 
-    to_write = _dot_rows(kn, written)
-    dbeta = jnp.sum(by_scores - by_gram, axis=0)[None, :] + to_row(to_write)
 
-    pairs = jnp.where(i > j, by_scores, 0.0) - by_gram
-    pairs = pairs * gates.beta
-    from_start = _dot_rows(_scaled(q, m), from_q) + _dot_rows(kn, from_k)
-    per_row = jnp.sum(pairs, axis=1)[:, None] - to_column(jnp.sum(pairs, axis=0)[None, :])
-    per_row = per_row + from_start
-    dg = jnp.sum(jnp.where(i >= j, per_row, 0.0) + jnp.where(i < j, beta * to_write, 0.0), axis=0)
-    column = jax.lax.broadcasted_iota(jnp.int32, gates.from_start.shape, 1)
-    at_end = column == gates.from_start.shape[1] - 1
-    whole = jnp.sum(jnp.where(at_end, gates.from_start, 0.0), axis=1)[:, None]
-    dg = dg[None, :] + whole * p.state_dstate
+class StateProducts(NamedTuple):
+    """Products with the states, summed over V, float32."""
 
+    do_state: Parts  # dO Sᵀ, parts [C, k_p]
+    dv_state: Parts  # dV Sᵀ, parts [C, k_p]
+    news_dstate: Parts  # N dS'ᵀ, parts [C, k_p]
+
+
+def add_state_products(
+    sums: StateProducts, state: Parts, dstate: Parts, do: jax.Array, dv: jax.Array, news: jax.Array
+) -> StateProducts:
+    """Adds the share of some columns of V.
+
+    Args:
+      sums: the sums so far.
+      state: Sᵀ before the chunk, parts [v, k_p], in the operands' dtype.
+      dstate: the gradient of Sᵀ after the chunk, likewise.
+      do: dO [C, v], likewise.
+      dv: dV [C, v], likewise.
+      news: N [C, v], likewise.
+    """
+
+    def add(total, rows, parts):
+        return tuple(x + matmul(rows, y, NN) for x, y in zip(total, parts, strict=True))
+
+    return StateProducts(
+        add(sums.do_state, do, state),
+        add(sums.dv_state, dv, state),
+        add(sums.news_dstate, news, dstate),
+    )
+
+
+class RowGradients(NamedTuple):
+    """Gradients of a chunk's query and key rows, float32."""
+
+    q: Parts
+    k: Parts
+    from_start: jax.Array  # gradient of log γ, [1, C]
+    to_write: jax.Array  # d, [1, C]
+
+
+def _dot_rows(x: Parts, y: Parts) -> jax.Array:
+    products = (jnp.sum(a.astype(jnp.float32) * b, axis=1) for a, b in zip(x, y, strict=True))
+    return _sum(products)[:, None]
+
+
+def row_gradients(
+    sums: StateProducts,
+    pair: PairGradients,
+    q: Parts,
+    k: Parts,
+    gates: Gates,
+    scale: float,
+    use_qk_l2norm: bool,
+) -> RowGradients:
+    """Computes the gradients of one chunk's rows.
+
+    Args:
+      sums: the chunk's products with the states.
+      pair: what the products between rows gave.
+      q: query rows, parts [C, k_p].
+      k: key rows, parts [C, k_p].
+      gates: the chunk's gates.
+      scale: factor on the queries.
+      use_qk_l2norm: whether rows are normalised.
+
+    Returns:
+      The chunk's `RowGradients`.
+    """
+    m, r = normalisers(q, k, scale, use_qk_l2norm)
+    gamma, beta = to_column(gates.from_start), to_column(gates.beta)
+    h, f, w = gamma * m, gamma * r, to_column(gates.to_end) * r
+    from_q = tuple(x * h for x in sums.do_state)
+    from_k = tuple(x * f for x in sums.dv_state)
+    written = tuple(x * w for x in sums.news_dstate)
+    to_write = _dot_rows(k, written)
+    from_start = _dot_rows(q, from_q) - _dot_rows(k, from_k)
+    dq = tuple(x + matmul(pair.by_scores, y, NN) for x, y in zip(from_q, k, strict=True))
+    dk = tuple(
+        beta * x - y + (matmul(pair.by_scores, a, TN) - matmul(pair.by_gram, b, NN))
+        for x, y, a, b in zip(written, from_k, q, k, strict=True)
+    )
     if use_qk_l2norm:
-        # m holds the scale: x̂ = m x, dx = m (dx̂ − x̂ (x̂ · dx̂) / scale²).
-        dq_along = _dot_rows(_scaled(q, m), dq) * (m * m / (scale * scale))
-        dk_along = _dot_rows(kn, dk) * (r * r)
-    else:
-        dq_along = dk_along = jnp.zeros_like(r)
-    dq = tuple(m * x - dq_along * y.astype(jnp.float32) for x, y in zip(dq, q, strict=True))
-    dk = tuple(r * x - dk_along * y.astype(jnp.float32) for x, y in zip(dk, k, strict=True))
-    return ChunkGradients(dq, dk, dg, dbeta)
+        along_q = (m / scale) * (m / scale) * _dot_rows(q, dq)
+        along_k = r * r * _dot_rows(k, dk)
+        dq = tuple(x - along_q * y.astype(jnp.float32) for x, y in zip(dq, q, strict=True))
+        dk = tuple(x - along_k * y.astype(jnp.float32) for x, y in zip(dk, k, strict=True))
+    return RowGradients(dq, dk, to_row(from_start), to_row(to_write))

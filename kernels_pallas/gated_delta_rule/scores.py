@@ -96,6 +96,7 @@ def scores(
         in_specs=[rows, rows] + [row] * 5,
         out_specs=[matrix] * squares + [row] * 3,
         out_shape=[square] * squares + [factor] * 3,
+        fastest_first=(1, 2, 0),
         num_warps=blocks.scores[0],
         num_stages=blocks.scores[1],
     )(q, k, *gates)

@@ -153,6 +153,7 @@ def walk(
         out_specs=[spec for spec, _ in outputs],
         out_shape=[shape for _, shape in outputs],
         sequential=1,
+        fastest_first=(2, 1, 0, 3),
         num_warps=warps,
         num_stages=stages,
     )(*(x for _, x in inputs))

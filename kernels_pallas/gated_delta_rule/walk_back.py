@@ -113,6 +113,7 @@ def walk_back(
         out_specs=out_specs,
         out_shape=out_shape,
         sequential=1,
+        fastest_first=(2, 1, 0, 3),
         num_warps=blocks.back[0],
         num_stages=blocks.back[1],
     )(q, k, do, *scores, from_start, last)
