@@ -45,8 +45,8 @@ def step_values(
     v: jax.Array,
     gamma: jax.Array | float,
     beta: jax.Array,
-    query_factor: jax.Array,
-    key_factor: jax.Array,
+    query_factor: jax.Array | float,
+    key_factor: jax.Array | float,
     overlap: jax.Array,
 ) -> tuple[list[jax.Array], jax.Array]:
     """The equations above for some columns of one head, on values.
@@ -208,7 +208,7 @@ def _on_gpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
 def _on_tpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
     batch, heads, key_width, width = state.shape
     repeats = heads // q.shape[1]
-    taken = _heads_a_program(state, repeats, blocks.head_bytes)
+    taken = heads_a_program(state, repeats, blocks.head_bytes)
     shared = max(taken // repeats, 1)
 
     def q_head(b, h):
@@ -234,8 +234,18 @@ def _on_tpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
     return o[:, :, 0], new_state
 
 
-def _heads_a_program(state: jax.Array, repeats: int, limit: int) -> int:
-    """Returns the most heads, whole groups of them or a part of one, within `limit` bytes."""
+def heads_a_program(state: jax.Array, repeats: int, limit: int) -> int:
+    """Returns how many heads a program takes on a TPU.
+
+    Args:
+      state: [B, HV, K, V].
+      repeats: value heads that share a query and key head.
+      limit: bytes of states a program may take.
+
+    Returns:
+      The largest divisor of HV within the limit that is whole groups of `repeats` heads or an equal
+      part of one, so that every program's queries are one block; at least 1.
+    """
     heads = state.shape[1]
     one = state.shape[2] * state.shape[3] * state.dtype.itemsize
     fitting = [
