@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for every test, set before JAX starts."""
+"""Eight fake CPU devices for every test, and libtpu to compile with; set before JAX starts."""
 
 import os
 import sys
@@ -9,7 +9,9 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # parallel test workers
+if os.environ["JAX_PLATFORMS"] == "cpu":  # libtpu compiles for TPUs that are not there
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # parallel test workers
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no look-up of the machine's own TPU
 
 
 def pytest_configure(config):

@@ -24,6 +24,7 @@ from jet_jax.cache import KVState, WindowState
 from jet_jax.mixers import splash
 from jet_jax.mixers.context import Context
 from jet_jax.mixers.cudnn import attention_with_lse
+from kernels_pallas.backend import platform
 
 MAX_MASKED_LENGTH = 8192  # a [T, T] mask beyond this costs more memory than the attention
 
@@ -31,7 +32,7 @@ MAX_MASKED_LENGTH = 8192  # a [T, T] mask beyond this costs more memory than the
 def uses_cudnn(q: Float[Array, "B T H d"]) -> bool:
     """Whether cuDNN's fused attention takes these queries: a GPU, 16-bit, head_dim 8 … 256."""
     return (
-        jax.default_backend() == "gpu"
+        platform() == "gpu"
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 256
@@ -78,7 +79,7 @@ def causal(
     Raises:
       ValueError: for packed rows longer than `MAX_MASKED_LENGTH` on cuDNN.
     """
-    if jax.default_backend() == "tpu" and splash.supports(q):
+    if platform() == "tpu" and splash.supports(q):
         return splash.splash_attention(q, k, v, scale=scale, window=window, segment_ids=segment_ids)
     if segment_ids is None:
         return _attention(q, k, v, scale=scale, is_causal=True, window=window)

@@ -6,6 +6,15 @@ padding are right by construction.
 
 import numpy as np
 
+NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial_state")
+# Largest relative Frobenius error of the gated delta rule. float32: rounding times the condition
+# of the recurrence; a decay's gradient is a sum of terms that partly cancel. bfloat16: the rounding
+# of operands (2^-9 each) and of results.
+LIMITS = {
+    "float32": dict.fromkeys(NAMES, 3e-6) | {"dg": 2e-5},
+    "bfloat16": dict.fromkeys(NAMES, 8e-3) | {"dg": 1e-2},
+}
+
 
 def runs(segment_ids):
     """Returns the (start, stop) of each segment of one row."""

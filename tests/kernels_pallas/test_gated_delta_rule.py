@@ -283,7 +283,7 @@ SMALL = dict(
         (dict(segment_ids=np.zeros((2, 5), np.float32)), "segment_ids has dtype float32"),
         (dict(chunk_size=48), "chunk_size=48"),
         (dict(state_dtype=jnp.int32), "state_dtype="),
-        (dict(implementation="cuda"), "'cuda' is unknown; use one of 'xla', 'reference'"),
+        (dict(implementation="cuda"), "'cuda' is unknown; use one of 'pallas', 'xla', 'reference'"),
         ({n: np.zeros((2, 5, 3, 4), np.float32) for n in "qk"}, "HV=4 .* H=3: .* multiple of H"),
         ({n: x[:, :0] for n, x in SMALL.items()}, "T=0 tokens"),
     ],
