@@ -8,6 +8,7 @@ from kernels_pallas.segments import (
     segment_starts,
     validate_segment_ids,
 )
+from kernels_pallas.short_conv import short_conv
 
 __all__ = [
     "dynamic_conv",
@@ -16,5 +17,6 @@ __all__ = [
     "segment_ordinals",
     "segment_positions",
     "segment_starts",
+    "short_conv",
     "validate_segment_ids",
 ]
