@@ -37,12 +37,12 @@ _GPU = {
     ("forward", "float32"): (128, 128, 32, 8, 2),
     ("backward", "float32"): (128, 128, 32, 8, 2),
 }
-# (pass, dtype) -> rows, channels; what fits the 16 MB that a kernel has by default
+# (pass, dtype) -> rows, columns; what fits the 16 MB that a kernel has by default
 _TPU = {
-    ("forward", "bfloat16"): (256, 512),
-    ("backward", "bfloat16"): (256, 256),
-    ("forward", "float32"): (256, 256),
-    ("backward", "float32"): (128, 128),
+    ("forward", "bfloat16"): (256, 2048),
+    ("backward", "bfloat16"): (256, 1024),
+    ("forward", "float32"): (256, 1024),
+    ("backward", "float32"): (128, 512),
 }
 
 
@@ -85,12 +85,18 @@ def choose(
         if depth is None:
             raise NotImplementedError(f"R={hidden} is not a multiple of 16")
         return Blocks(rows, fits, depth, warps, stages)
-    rows, wanted = _TPU[key]
     if length < 16:
         raise NotImplementedError(f"T={length} tokens a row; the kernel takes 16 or more")
-    rows = min(rows, length // 16 * 16)
+    rows, columns = _TPU[key]
+    rows, wanted = min(rows, length // 16 * 16), columns // padded_width(width)
     if channels % 128 == 0:
-        return Blocks(rows, next(c for c in (512, 256, 128) if c <= wanted and channels % c == 0))
-    if channels > 2 * wanted:
-        raise NotImplementedError(f"D={channels} is not a multiple of 128")
+        fits = next(c for c in (512, 256, 128) if channels % c == 0 and c <= max(wanted, 128))
+        return Blocks(rows, fits)
+    # A part of the channels must be a multiple of 128 lanes; otherwise all of them, of fewer rows.
+    while rows > 16 and rows * channels > _TPU[key][0] * wanted:
+        rows = rows // 32 * 16
+    if rows * channels > _TPU[key][0] * wanted:
+        raise NotImplementedError(
+            f"D={channels} is not a multiple of 128, and too many for one tile"
+        )
     return Blocks(rows, channels)
