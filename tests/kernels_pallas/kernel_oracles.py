@@ -133,3 +133,40 @@ def dynamic_conv(inputs, segment_ids, cotangents):
     dh = np.einsum("btjd,rjd->btr", dtaps, w2)
     dw2, db2 = np.einsum("btjd,btr->rjd", dtaps, h), dtaps.sum((0, 1))
     return v, new_tail, du, dh, dw2, db2, dtail
+
+
+def short_conv(inputs, segment_ids, cotangents, activation):
+    """Returns y, the tail and the gradients of u, w, b and the incoming tail."""
+    u, w, b, tail = (np.asarray(x, np.float64) for x in inputs)
+    dy, dtail_out = (np.asarray(x, np.float64) for x in cotangents)
+    width = len(w)
+    y, new_tail = np.zeros_like(u), tail.copy()
+    du, dw, db, dtail = (np.zeros_like(x) for x in (u, w, b, tail))
+    if segment_ids is None:
+        segment_ids = np.ones(u.shape[:2], np.int32)
+    for row in range(len(u)):
+        documents = runs(segment_ids[row])
+        if not documents:
+            dtail[row] = dtail_out[row]
+        for index, (start, stop) in enumerate(documents):
+            before = tail[row] if index == 0 else np.zeros_like(tail[row])
+            x = np.concatenate([before, u[row, start:stop]])
+            dx = np.zeros_like(x)
+            if index == len(documents) - 1:
+                new_tail[row] = x[len(x) - (width - 1) :]
+                dx[len(x) - (width - 1) :] += dtail_out[row]
+            for t in range(start, stop):
+                at = slice(t - start, t - start + width)
+                total, dtotal = (w * x[at]).sum(0) + b, dy[row, t]
+                y[row, t] = total
+                if activation == "silu":
+                    sigmoid = 1 / (1 + np.exp(-total))
+                    y[row, t] = total * sigmoid
+                    dtotal = dtotal * sigmoid * (1 + total * (1 - sigmoid))
+                dw += dtotal * x[at]
+                db += dtotal
+                dx[at] += dtotal * w
+            du[row, start:stop] = dx[width - 1 :]
+            if index == 0:
+                dtail[row] = dx[: width - 1]
+    return y, new_tail, du, dw, db, dtail
