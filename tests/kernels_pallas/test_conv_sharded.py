@@ -104,6 +104,42 @@ def test_the_kernel_equals_the_unsharded_op():
     assert_equals_unsharded("dynamic", True, True, "pallas", 128 * DEVICES)
 
 
+def test_the_kernel_runs_on_shards_of_batch_and_channels():
+    inputs, (dv, _) = make(160, "dynamic")
+    u, h, w2, b2, _ = inputs
+    inputs = (jnp.tile(u, 4), h, jnp.tile(w2, 4), jnp.tile(b2, 4))
+    ids = jnp.asarray(segments(160))
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rows = P("data", None, "tensor")
+    specs = (rows, P("data"), P(None, None, "tensor"), P(None, "tensor"), P("data"))
+
+    def on_shards(*x):
+        return jax.shard_map(
+            lambda u, h, w2, b2, ids: dynamic_conv(
+                u, h, w2, b2, segment_ids=ids, implementation="pallas"
+            )[0],
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=rows,
+            check_vma=False,
+        )(*x, ids)
+
+    def whole(*x):
+        return dynamic_conv(*x, segment_ids=ids, implementation="xla")[0]
+
+    def results(function, dv, *x):
+        v, pull = jax.vjp(function, *x)
+        return v, *pull(dv)
+
+    dv = jnp.tile(dv, 4)
+    got, expected = (
+        jax.jit(functools.partial(results, function))(dv, *inputs)
+        for function in (on_shards, whole)
+    )
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6 * np.abs(y).max(), rtol=0)
+
+
 def test_fewer_tokens_than_the_taps_reach_back_are_refused():
     inputs, _ = make(2 * DEVICES, "short")
     function = jax.shard_map(
