@@ -64,7 +64,7 @@ def test_work_that_cannot_be_avoided():
     "name", ["rule-4b", "rule-2b-grad", "step-bfloat16-b8", "conv-4b", "conv-2b-grad"]
 )
 def test_bytes_count_inputs_and_outputs_once(name):
-    row = REAL[name]
+    row = REAL[name] if REAL[name].steps == 1 else REAL[name].small()
     inputs = jax.eval_shape(row.inputs, jax.random.key(0))
     outputs = jax.eval_shape(row.function("xla"), *inputs)
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs)))

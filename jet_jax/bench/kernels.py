@@ -149,20 +149,21 @@ def _measure(row: Row, compiled: Any, checks: list[Any], facts: Result, repeats:
     try:
         inputs = jax.jit(row.small().inputs)(jax.random.key(1))
         error = max(relative_errors(checks[0](*inputs), checks[1](*_as_float32(inputs))))
-        seconds = _seconds(row, compiled, repeats)
+        each = seconds(row, compiled, repeats)
     except jax.errors.JaxRuntimeError as failure:
         return missing | {"note": _one_line(failure)}
     return {
-        "ms": 1e3 * seconds,
-        "gb_s": facts["bytes"] / seconds / 1e9,
-        "tflop_s": facts["flops"] / seconds / 1e12,
-        "fraction_of_floor": facts["floor_ms"] / (1e3 * seconds),
+        "ms": 1e3 * each,
+        "gb_s": facts["bytes"] / each / 1e9,
+        "tflop_s": facts["flops"] / each / 1e12,
+        "fraction_of_floor": facts["floor_ms"] / (1e3 * each),
         "error": error,
         "note": None,
     }
 
 
-def _seconds(row: Row, compiled: Any, repeats: int) -> float:
+def seconds(row: Row, compiled: Any, repeats: int) -> float:
+    """Times one call of the operation in a compiled row, on new inputs."""
     inputs = list(jax.jit(row.inputs)(jax.random.key(0)))
 
     def call():
