@@ -14,34 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from float64_recurrence import compile_recurrence, errors_per_head
+from gated_delta_corners import CORNERS, MODEL, Case, decays, make
 from kernel_oracles import LIMITS, NAMES
 
 from kernels_pallas.gated_delta_rule import blocks
 from kernels_pallas.gated_delta_rule.pallas import gated_delta_rule_pallas
 
 pytestmark = pytest.mark.gpu
-
-# Name of each corner: (log decays from .. to, writing strength, mean cosine of two keys).
-CORNERS = {
-    "SiLU keys": ((1e-3, 0.5), None, None),
-    "g=0 beta=1 cos .9": ((0.0, 0.0), 1.0, 0.9),
-    "g=-20": ((20.0, 20.0), None, None),
-    "g=-1e-5..-100": ((1e-5, 100.0), None, None),
-    "beta .95 cos .9": ((1e-3, 0.1), 0.95, 0.9),
-    "beta=1 cos .9": ((1e-4, 1e-2), 1.0, 0.9),
-}
-MODEL = 6  # heads with decays as a model has them
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One compiled shape."""
-
-    dtype: str
-    sizes: tuple[int, ...]  # B T H HV K V
-    packed: bool = False
-    is_split: bool = True  # T may be cut into segments
-
 
 LONG = {
     f"{dtype}, T={sizes[1]}{', packed' * packed}": Case(dtype, sizes, packed, packed)
@@ -64,43 +43,6 @@ def segments(case):
     lengths = [9, 3000, 1, 7, 200, 64, 100, 4096, 63, 669]
     ids = np.repeat([0, 1, 2, 0, 3, 4, 5, 6, 7, 0], lengths)
     return np.stack([ids, np.ones_like(ids)]).astype(np.int32)
-
-
-def similar_keys(noise, cosine):
-    common = jnp.abs(jax.random.normal(jax.random.key(1), noise.shape[-1:]))
-    return common * np.sqrt(cosine) + noise * np.sqrt(1 - cosine)
-
-
-@functools.partial(jax.jit, static_argnames="case")
-def make(case):
-    """Returns inputs and cotangents; of the model's heads also a, A_log and dt_bias."""
-    b, t, h, hv, k, v = case.sizes
-    keys = iter(jax.random.split(jax.random.key(0), 16))
-    normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
-    wide = jax.nn.silu(normal(b, t, h, k)), normal(b, t, h, k), normal(b, t, hv, v)
-    beta, do = jax.nn.sigmoid(normal(b, t, hv)), normal(b, t, hv, v)
-    state, dstate = 0.1 * normal(b, hv, k, v), 0.1 * normal(b, hv, k, v)
-    q, noise, value = wide
-    key, random = jax.nn.silu(noise), jax.random.uniform(next(keys), (b, t, hv))
-    a_log = jnp.log(jnp.linspace(0.1, 16, hv))
-    dt = jnp.geomspace(0.1, 1e-3, hv)
-    dt_bias, a = dt + jnp.log(-jnp.expm1(-dt)), normal(b, t, hv)
-    g = decays(a, a_log, dt_bias)
-    for i, ((low, high), strength, cosine) in enumerate(CORNERS.values()):
-        if i >= h:
-            continue
-        # Up to 100 at even odds in the logarithm, and exactly 0 or -20 where both ends are.
-        drawn = jnp.exp(jnp.log(low) + random[..., i] * jnp.log(high / low)) if low else 0.0
-        g = g.at[..., i].set(-drawn)
-        beta = beta if strength is None else beta.at[..., i].set(strength)
-        key = key if cosine is None else key.at[:, :, i].set(similar_keys(noise[:, :, i], cosine))
-    dtype = jnp.dtype(case.dtype)
-    q, key, value, do = (x.astype(dtype) for x in (q, key, value, do))
-    return (q, key, value, g, beta, state), (do, dstate), (a, a_log, dt_bias)
-
-
-def decays(a, a_log, dt_bias):
-    return -jnp.exp(a_log) * jax.nn.softplus(a + dt_bias)
 
 
 def compile_kernels(case):
@@ -136,17 +78,15 @@ def compile_kernels(case):
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    """Compiles everything at once, on all cores: {name: future of (kernels, recurrence)}."""
+def compiled(request):
+    """Compiles what the chosen tests need at once, on all cores: futures by name."""
+    chosen = [x for x in request.session.items if "compiled" in getattr(x, "fixturenames", ())]
+    names = sorted({x.callspec.params["name"] for x in chosen})
+    shapes = {name: jax.eval_shape(functools.partial(make, CASES[name]))[:2] for name in names}
     with ThreadPoolExecutor(16) as pool:
-        kernels = {name: pool.submit(compile_kernels, case) for name, case in CASES.items()}
-        recurrences = {
-            name: pool.submit(
-                compile_recurrence, *jax.eval_shape(functools.partial(make, CASES[name]))[:2]
-            )
-            for name in LONG | WIDTHS
-        }
-        yield kernels, recurrences
+        kernels = {name: pool.submit(compile_kernels, CASES[name]) for name in names}
+        exact = [name for name in names if name not in DRAWS]
+        yield kernels, {name: pool.submit(compile_recurrence, *shapes[name]) for name in exact}
 
 
 def compare(name, compiled):
