@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,10 +26,12 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 
-import kernels_pallas.dynamic_conv.pallas as conv_module  # noqa: E402
-import kernels_pallas.gated_delta_rule.pallas as rule_module  # noqa: E402
-import kernels_pallas.gated_delta_rule.step_pallas as step_module  # noqa: E402
 from jet_jax.bench import kernels, rows  # noqa: E402
+
+# By path: in their package the operations' own names hide the modules.
+conv_module = import_module("kernels_pallas.dynamic_conv.pallas")
+rule_module = import_module("kernels_pallas.gated_delta_rule.pallas")
+step_module = import_module("kernels_pallas.gated_delta_rule.step_pallas")
 
 WARPS_STAGES = [(w, s) for w in (4, 8) for s in (1, 2, 3)]
 Table = Callable[..., Any]  # returns the block sizes for a shape

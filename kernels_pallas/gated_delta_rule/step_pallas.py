@@ -182,6 +182,7 @@ def _on_gpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
     batch, heads, key_width, width = state.shape
     repeats = heads // q.shape[1]
     v_block = min(blocks.v_block, width & -width)
+    assert width % v_block == 0, (width, blocks)
     part = min(key_width & -key_width, MAX_PART)
 
     def shared(b, h, c):

@@ -1,0 +1,97 @@
+"""The parts of the benchmark scripts that need no accelerator."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jet_jax.bench import rows
+from kernels_pallas.gated_delta_rule import step_pallas
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tuner_keeps_the_best_of_one_field_after_another():
+    tuner = script("tune_kernels")
+    row = rows.OneStep("step", {"B": 1, "H": 1, "K": 64, "V": 64})
+    space = tuner.space(row)
+    shapes = jax.eval_shape(row.inputs, jax.random.key(0))
+    times, programs = iter([3.0, 1.0, 2.0, 0.5, 4.0]), []
+
+    def measure(program):
+        programs.append(program.as_text())
+        return next(times)
+
+    fields = {"v_block": (64, 16, 32), "warps": (1, 8)}
+    table = step_pallas.find_step_blocks
+    tried = list(
+        tuner.tune(lambda: row.function("pallas"), measure, shapes, space, fields, row.donated)
+    )
+    assert [(field, value) for field, value, *_ in tried] == [
+        (field, value) for field, values in fields.items() for value in values
+    ]
+    best = tried[-1][-1]
+    assert (best.v_block, best.warps) == (16, 1)
+    # The blocks reached the kernels: other blocks of V, another program. Warps do not count here.
+    assert len(set(programs[:3])) == 3 and programs[1] == programs[3] == programs[4]
+    assert step_pallas.find_step_blocks is table
+
+
+def test_the_tuner_tells_what_does_not_compile():
+    tuner = script("tune_kernels")
+    row = rows.OneStep("step", {"B": 1, "H": 1, "K": 64, "V": 64})
+    shapes = jax.eval_shape(row.inputs, jax.random.key(0))
+    tried = tuner.tune(
+        lambda: row.function("pallas"),
+        lambda program: 1.0,
+        shapes,
+        tuner.space(row),
+        {"v_block": (48, 64)},
+        row.donated,
+    )
+    (_, _, refused, _), (_, _, time, best) = tried
+    assert "Error" in refused and time == 1.0 and best.v_block == 64
+
+
+def test_the_table_has_times_notes_and_peers():
+    facts = {"name": "a", "sizes": {"B": 1, "K": 2}, "floor_ms": 0.5, "flops": 1}
+    measured = facts | {
+        "implementation": "pallas",
+        "ms": 1.0,
+        "fraction_of_floor": 0.5,
+        "gb_s": 2000.0,
+        "tflop_s": 300.0,
+        "error": 1e-3,
+        "note": None,
+    }
+    refused = facts | {"implementation": "xla", "ms": None, "note": "out of memory"}
+    table = script("kernels").markdown(
+        [measured, refused], {"rows": {"a": {"ms": 2.0, "note": None}}}
+    )
+    assert table.splitlines()[-1] == (
+        "| `a` | B1 K2 | 1.000 | 2.000 | out of memory | 0.500 | 50 % | 2000 | 300 | 1.0e-03 |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing/x.json"], "does not exist"),
+        (["x.json", "--rows", "nothing"], "no row is called 'nothing'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *arguments])
+    with pytest.raises(SystemExit) as error:
+        script("kernels").main()
+    assert error.value.code == 2 and message in capsys.readouterr().err
