@@ -239,8 +239,8 @@ def constrain(x: Array, dims: str) -> Array:
 
 
 def shard_kernel(
-    function: Callable[..., Array], dims: Sequence[str | None], out_dims: str
-) -> Callable[..., Array]:
+    function: Callable[..., PyTree], dims: Sequence[str | None], out_dims: str | tuple[str, ...]
+) -> Callable[..., PyTree]:
     """Runs a hand-written kernel on each device's own rows and heads.
 
     A compiler cannot split a Pallas kernel, so under the mesh set by `jax.set_mesh` the function is
@@ -250,14 +250,14 @@ def shard_kernel(
     Args:
       function: takes as many arrays as `dims` has entries, and works row by row and head by head.
       dims: for each argument the letters of `constrain`, or None for one that is None.
-      out_dims: the same for the result.
+      out_dims: the same for the result, or for each of several.
 
     Returns:
       The function over global arrays. An axis is used only if it divides every argument's dimension
       that asks for it, so heads and KV heads are always split alike.
     """
 
-    def wrapped(*args: Array | None) -> Array:
+    def wrapped(*args: Array | None) -> PyTree:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or not set(AXES) <= set(mesh.axis_names):
             return function(*args)
@@ -281,7 +281,7 @@ def shard_kernel(
             in_specs=tuple(
                 spec(d) if a is not None else None for a, d in zip(args, dims, strict=True)
             ),
-            out_specs=spec(out_dims),
+            out_specs=jax.tree.map(spec, out_dims),
             check_vma=False,
         )(*args)
 

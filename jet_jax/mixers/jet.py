@@ -28,8 +28,45 @@ from jet_jax.mixer_options import JetOptions
 from jet_jax.mixers.context import Context
 from jet_jax.models.linear import linear, precision
 from jet_jax.models.norm import GatedRMSNorm
-from jet_jax.sharding import constrain
+from jet_jax.sharding import constrain, shard_kernel
 from kernels_pallas import dynamic_conv, gated_delta_rule, gated_delta_step
+
+
+def _conv(u, h, w2, b2, tail, segment_ids):
+    """`dynamic_conv` on each device's rows and channels."""
+
+    def run(u, h, w2, b2, tail, segment_ids):
+        return dynamic_conv(u, h, w2, b2, tail=tail, segment_ids=segment_ids)
+
+    dims = ("bth", "btd", "dkh", "kh", "bkh", "bt")  # channels are split as heads are
+    return shard_kernel(run, dims, ("bth", "bkh"))(u, h, w2, b2, tail, segment_ids)
+
+
+def _rule(q, k, v, g, beta, state, segment_ids, *, state_dtype):
+    """`gated_delta_rule` on each device's rows and heads."""
+
+    def run(q, k, v, g, beta, state, segment_ids):
+        return gated_delta_rule(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            initial_state=state,
+            segment_ids=segment_ids,
+            use_qk_l2norm=True,
+            state_dtype=state_dtype,
+        )
+
+    dims = ("bthk", "bthk", "bthv", "bth", "bth", "bhkv", "bt")
+    return shard_kernel(run, dims, ("bthv", "bhkv"))(q, k, v, g, beta, state, segment_ids)
+
+
+def _rule_step(q, k, v, g, beta, state):
+    """`gated_delta_step` on each device's rows and heads."""
+    run = partial(gated_delta_step, use_qk_l2norm=True)
+    dims = ("bhk", "bhk", "bhv", "bh", "bh", "bhkv")
+    return shard_kernel(run, dims, ("bhv", "bhkv"))(q, k, v, g, beta, state)
 
 
 class KernelGenerator(nnx.Module):
@@ -123,28 +160,27 @@ class JetBlock(nnx.Module):
         heads = partial(jnp.reshape, shape=(batch, length, o.num_heads, -1))
         q = constrain(heads(jax.nn.silu(self.q_proj(x))), "bthk")
         k = constrain(heads(jax.nn.silu(self.k_proj(x))), "bthk")
-        v, tail = dynamic_conv(
+        v, tail = _conv(
             self.v_proj(x),
             self.generator(x),
             self.generator.w2[...].astype(x.dtype),
             self.generator.b2[...].astype(x.dtype),
-            tail=None if state is None else state.conv,
-            segment_ids=ctx.segment_ids,
+            None if state is None else state.conv,
+            ctx.segment_ids,
         )
         v = constrain(heads(v), "bthv")
         g, beta = self._gates(x)
         if state is not None and length == 1:
             y, recurrent = self._step(q, k, v, g, beta, state, ctx)
         else:
-            y, recurrent = gated_delta_rule(
+            y, recurrent = _rule(
                 q,
                 k,
                 v,
                 g,
                 beta,
-                initial_state=None if state is None else state.recurrent,
-                segment_ids=ctx.segment_ids,
-                use_qk_l2norm=True,
+                None if state is None else state.recurrent,
+                ctx.segment_ids,
                 state_dtype=self.state_dtype,
             )
         y = self.o_norm(y, heads(self.g_proj(x)))
@@ -157,7 +193,5 @@ class JetBlock(nnx.Module):
         if ctx.segment_ids is not None:
             real = ctx.segment_ids != 0
             g, beta = jnp.where(real, g, 0.0), jnp.where(real, beta, 0.0)
-        y, recurrent = gated_delta_step(
-            q[:, 0], k[:, 0], v[:, 0], g, beta, state.recurrent, use_qk_l2norm=True
-        )
+        y, recurrent = _rule_step(q[:, 0], k[:, 0], v[:, 0], g, beta, state.recurrent)
         return y[:, None], recurrent
