@@ -18,7 +18,7 @@ class Blocks(NamedTuple):
     Attributes:
       rows: tokens a program.
       channels: channels a program.
-      depth: how much of R the product takes at a time (GPU; a TPU takes all of R).
+      depth: how much of R the product takes at a time (GPU; 0: all of R).
       warps: warps a program (GPU).
       stages: loads in flight (GPU).
     """
@@ -81,9 +81,8 @@ def choose(
             raise NotImplementedError(f"T={length} tokens a row; the kernel takes {rows} or more")
         if fits is None:
             raise NotImplementedError(f"D={channels} is not a multiple of 16")
-        depth = next((k for k in (64, 32, 16) if k <= depth and hidden % k == 0), None)
-        if depth is None:
-            raise NotImplementedError(f"R={hidden} is not a multiple of 16")
+        while depth > 32 and -hidden % depth > -hidden % 32:  # the rest is filled with zeros
+            depth //= 2
         return Blocks(rows, fits, depth, warps, stages)
     if length < 16:
         raise NotImplementedError(f"T={length} tokens a row; the kernel takes 16 or more")
@@ -95,7 +94,7 @@ def choose(
     # A part of the channels must be a multiple of 128 lanes; otherwise all of them, of fewer rows.
     while rows > 16 and rows * channels > _TPU[key][0] * wanted:
         rows = rows // 32 * 16
-    if rows * channels > _TPU[key][0] * wanted:
+    if channels > 1024 or rows * channels > _TPU[key][0] * wanted:
         raise NotImplementedError(
             f"D={channels} is not a multiple of 128, and too many for one tile"
         )

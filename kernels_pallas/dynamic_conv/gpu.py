@@ -32,11 +32,11 @@ from kernels_pallas import backend
 from kernels_pallas.dynamic_conv.blocks import Blocks
 from kernels_pallas.dynamic_conv.kernel_math import (
     convolve,
-    make_taps,
+    round_taps,
     silu,
     silu_gradient,
     source_gradients,
-    tap_gradients,
+    tap_gradient,
 )
 
 
@@ -126,72 +126,116 @@ def _specs(arrays) -> list[pl.BlockSpec]:
     return [_row_of(arrays[0]), *whole, *map(_row_of, arrays[3:])]
 
 
-def _taps_and_sources(h_ref, w_ref, b_ref, u_ref, seen, start, width, blocks):
-    """Returns the tile's taps, the rows of u that they meet, and which of them are own."""
-    rows, channels, depth, _, _ = blocks
-    tile = pl.program_id(0)
-    columns = width * channels
+def _make_taps(h_ref, w_ref, b_ref, index, width, blocks, dtype):
+    """Returns the taps of rows `index`."""
+    depth, columns = blocks.depth, width * blocks.channels
+    first = pl.program_id(0) * columns
 
     def add(i, total):
-        left = h_ref[pl.ds(start, rows), pl.ds(i * depth, depth)]
-        right = w_ref[pl.ds(i * depth, depth), pl.ds(tile * columns, columns)]
+        left = h_ref[index, pl.ds(i * depth, depth)]
+        right = w_ref[pl.ds(i * depth, depth), pl.ds(first, columns)]
         return total + backend.matmul(left, right)
 
-    zeros = jnp.zeros((rows, columns), jnp.float32)
-    total = jax.lax.fori_loop(0, h_ref.shape[1] // depth, add, zeros)
-    products = jnp.split(total, width, axis=1)
-    biases = [b_ref[pl.ds(tile * columns + j * channels, channels)][None, :] for j in range(width)]
-    taps = make_taps(products, biases, u_ref.dtype)
-    index = start + jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
-    count = index if seen is None else seen
-    owns, sources = [], []
-    for back in reversed(range(width)):
-        at = jnp.maximum(index - back, 0)
-        source = u_ref[at, pl.ds(tile * channels, channels)]
-        own = (count >= back)[:, None]
-        owns.append(own)
-        sources.append(jnp.where(own, source, jnp.zeros((), source.dtype)))
-    return taps, sources, owns
+    bias = b_ref[pl.ds(first, columns)].astype(jnp.float32)
+    start = jnp.broadcast_to(bias[None, :], (index.shape[0], columns))
+    total = jax.lax.fori_loop(0, h_ref.shape[1] // depth, add, start)
+    return round_taps(jnp.split(total, width, axis=1), dtype)
+
+
+def _source(u_ref, index, own, back, channels):
+    """Returns the rows of u that lie `back` before `index`, 0 where they are not own."""
+    x = u_ref[jnp.maximum(index - back, 0), channels]
+    return jnp.where(own, x, jnp.zeros((), x.dtype))
+
+
+def _own(index, seen_ref, width):
+    """For each tap whether the row it meets is the token's own, [rows, 1]."""
+    count = seen_ref[0][index] if seen_ref else index
+    return [(count >= back)[:, None] for back in reversed(range(width))]
 
 
 def _forward(h_ref, w_ref, b_ref, u_ref, *refs, width, blocks):
     (*seen_ref, v_ref) = refs
-    rows, channels = blocks.rows, blocks.channels
+    rows = blocks.rows
+    channels = pl.ds(pl.program_id(0) * blocks.channels, blocks.channels)
     # The last tile is moved back to end at T; what it computes twice comes out the same twice.
     start = jnp.minimum(pl.program_id(1) * rows, u_ref.shape[0] - rows)
-    seen = seen_ref[0][pl.ds(start, rows)] if seen_ref else None
-    taps, sources, _ = _taps_and_sources(h_ref, w_ref, b_ref, u_ref, seen, start, width, blocks)
-    v = silu(convolve(taps, sources))
-    v_ref[pl.ds(start, rows), pl.ds(pl.program_id(0) * channels, channels)] = v.astype(v_ref.dtype)
+    index = start + jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
+    taps = _make_taps(h_ref, w_ref, b_ref, index, width, blocks, u_ref.dtype)
+    owns = _own(index, seen_ref, width)
+    backs = reversed(range(width))
+    sources = [_source(u_ref, index, own, k, channels) for own, k in zip(owns, backs, strict=True)]
+    v_ref[index, channels] = silu(convolve(taps, sources)).astype(v_ref.dtype)
 
 
 def _backward(h_ref, w_ref, b_ref, u_ref, dv_ref, *refs, width, blocks, tiles):
     (*seen_ref, du_ref, dtaps_ref, db_ref) = refs
-    rows, channels = blocks.rows, blocks.channels
+    rows, half = blocks.rows, blocks.rows // 2
     tile, number = pl.program_id(0), pl.program_id(1)
+    channels = pl.ds(tile * blocks.channels, blocks.channels)
     step = rows - (width - 1)
     start = jnp.minimum(number * step, u_ref.shape[0] - rows)
-    seen = seen_ref[0][pl.ds(start, rows)] if seen_ref else None
-    taps, sources, owns = _taps_and_sources(h_ref, w_ref, b_ref, u_ref, seen, start, width, blocks)
-    at = (pl.ds(start, rows), pl.ds(tile * channels, channels))
-    dy = silu_gradient(convolve(taps, sources), dv_ref[at])
+    place = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
+    index = start + 2 * (place & (half - 1)) + jnp.where(place >= half, 1, 0)
+    taps = _make_taps(h_ref, w_ref, b_ref, index, width, blocks, u_ref.dtype)
+    owns = _own(index, seen_ref, width)
+    backs = list(reversed(range(width)))
 
-    # Every row is written by one program: the last that sees the W-1 rows after it.
-    index = start + jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
-    is_written = (index >= number * step) & ((index < (number + 1) * step) | (number == tiles - 1))
-    is_written = is_written[:, None]
-    for j, dtaps in enumerate(tap_gradients(dy, sources)):
-        columns = pl.ds(tile * width * channels + j * channels, channels)
-        place = dtaps_ref.at[pl.ds(start, rows), columns]
-        pltriton.store(place, dtaps.astype(dtaps_ref.dtype), mask=is_written)
-        db_ref[number, columns] = jnp.sum(jnp.where(is_written, dtaps, 0.0), axis=0)
+    def source(j):
+        return _source(u_ref, index, owns[j], backs[j], channels)
 
-    # Rows before row 0 have no own source either, but their parts fall outside the tile.
+    dy = silu_gradient(convolve(taps, map(source, range(width))), dv_ref[index, channels])
+
+    def is_written(index):
+        """Every row is written by one program: the last that sees the W-1 rows after it."""
+        first = number * step
+        return (index >= first) & ((index < first + step) | (number == tiles - 1))
+
+    written = is_written(index)
+    for j in range(width):
+        # Read again, from the cache: kept, the rows would take the registers of the taps.
+        dtaps = tap_gradient(dy, source(j))
+        first = (tile * width + j) * blocks.channels
+        _store(dtaps_ref, index, first, dtaps, written)
+        total = jnp.sum(jnp.where(written[:, None], dtaps, 0.0), axis=0)
+        db_ref[number, pl.ds(first, blocks.channels)] = total
+
+    # Rows before row 0 are not own either, but their parts fall outside the tile.
     parts = source_gradients(dy, taps, owns if seen_ref else [None] * width)
-    row = jax.lax.broadcasted_iota(jnp.int32, (rows, rows), 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, (rows, rows), 1)
-    du = parts[-1]
-    for j, part in enumerate(parts[:-1]):
-        shift = (column - row == width - 1 - j).astype(u_ref.dtype)
-        du += backend.matmul(shift, part.astype(u_ref.dtype))
-    pltriton.store(du_ref.at[at], du.astype(du_ref.dtype), mask=is_written)
+    even = start + 2 * jax.lax.broadcasted_iota(jnp.int32, (half,), 0)
+    for offset, du in enumerate(_gather(parts, u_ref.dtype)):
+        rows_of = even + offset
+        _store(du_ref, rows_of, tile * blocks.channels, du, is_written(rows_of))
+
+
+def _store(ref, index, first, x, written):
+    """Stores the rows of x that are `written`, at column `first`."""
+    column = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    place = ref.at[jnp.broadcast_to(index[:, None], x.shape), column]
+    pltriton.store(place, x.astype(ref.dtype), mask=jnp.broadcast_to(written[:, None], x.shape))
+
+
+def _gather(parts, dtype):
+    """Sums parts_j[s + (W-1) - j] for the tile's even rows s, then for its odd ones.
+
+    With even rows e and odd rows o of the part of the tap that reaches k back, and S one place up:
+
+        row 2p:     e_0 + o_1 + S (e_2 + o_3 + S (...))
+        row 2p + 1: o_0 + S (e_1 + o_2 + S (e_3 + ...))
+    """
+    even, odd = zip(*(jnp.split(x, 2, axis=0) for x in reversed(parts)), strict=True)  # by k
+    half, width = even[0].shape[0], len(parts)
+    row = jax.lax.broadcasted_iota(jnp.int32, (half, half), 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, (half, half), 1)
+    up = (column - row == 1).astype(dtype)
+
+    def horner(terms):
+        total = terms[-1]
+        for term in reversed(terms[:-1]):
+            total = term + backend.matmul(up, total.astype(dtype))
+        return total
+
+    pairs = range(0, width, 2)
+    of_even = horner([even[k] + odd[k + 1] for k in pairs])
+    of_odd = horner([odd[0], *(even[k - 1] + odd[k] for k in pairs[1:]), even[width - 1]])
+    return of_even, of_odd

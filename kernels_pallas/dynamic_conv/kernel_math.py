@@ -10,7 +10,7 @@ it is not the token's own) and dv the gradient of v, all [rows, channels]:
 Only `parts` cross rows; how they are shifted is the affair of the kernel that moves the data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,12 @@ import jax.numpy as jnp
 Tile = jax.Array
 
 
-def make_taps(products: Sequence[Tile], biases: Sequence[Tile], dtype: jnp.dtype) -> list[Tile]:
-    """Adds the bias to h w2_j and rounds the taps as every implementation does.
-
-    Args:
-      products: h w2_j of each tap, float32.
-      biases: b2_j of each tap, [1, channels].
-      dtype: dtype that taps are rounded to, u's.
-
-    Returns:
-      The taps, in `dtype`.
-    """
-    pairs = zip(products, biases, strict=True)
-    return [(product + bias.astype(jnp.float32)).astype(dtype) for product, bias in pairs]
+def round_taps(sums: Sequence[Tile], dtype: jnp.dtype) -> list[Tile]:
+    """Rounds h w2_j + b2_j, float32, to u's dtype, as every implementation does."""
+    return [x.astype(dtype) for x in sums]
 
 
-def convolve(taps: Sequence[Tile], sources: Sequence[Tile]) -> Tile:
+def convolve(taps: Sequence[Tile], sources: Iterable[Tile]) -> Tile:
     """Returns y, the sum over taps, in float32."""
     total = jnp.zeros(taps[0].shape, jnp.float32)
     for tap, source in zip(taps, sources, strict=True):
@@ -52,9 +42,9 @@ def silu_gradient(y: Tile, dv: Tile) -> Tile:
     return dv.astype(jnp.float32) * gate * (1 + y * (1 - gate))
 
 
-def tap_gradients(dy: Tile, sources: Sequence[Tile]) -> list[Tile]:
+def tap_gradient(dy: Tile, source: Tile) -> Tile:
     """Returns dtaps_j, float32."""
-    return [dy * source.astype(jnp.float32) for source in sources]
+    return dy * source.astype(jnp.float32)
 
 
 def source_gradients(dy: Tile, taps: Sequence[Tile], owns: Sequence[Tile | None]) -> list[Tile]:

@@ -14,6 +14,7 @@ device's rows), the first W-1 outputs are computed again outside, by xla.py.
 """
 
 import functools
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,8 @@ def dynamic_conv_pallas(
       NotImplementedError: a shape or dtype that they do not take, in particular few tokens.
     """
     w2, b2 = w2.astype(u.dtype), b2.astype(u.dtype)
-    _choose("forward", u, h, w2)
-    _choose("backward", u, h, w2)
+    _choose("forward", u, w2)
+    _choose("backward", u, w2)
     past, new_tail = history(u, tail, has_tail, segment_ids, axis_name)
     seen = past.seen
     if seen is not None and past.before is not None:
@@ -56,10 +57,14 @@ def dynamic_conv_pallas(
     return v, new_tail
 
 
-def _choose(which, u, h, w2):
-    device = "tpu" if backend.platform() == "tpu" else "gpu"
+def mover() -> tuple[str, ModuleType]:
+    """Returns which device's way of moving data is in force, and its kernels."""
+    return ("tpu", tpu) if backend.platform() == "tpu" else ("gpu", gpu)
+
+
+def _choose(which, u, w2):
     hidden, width, channels = w2.shape
-    return choose(device, which, u.dtype, u.shape[1], channels, hidden, width)
+    return choose(mover()[0], which, u.dtype, u.shape[1], channels, hidden, width)
 
 
 def _first_rows(v, u, h, w2, b2, past: History):
@@ -96,10 +101,11 @@ def fused(
       b2: bias.
       seen: rows before each token that are its own, -1 for padding; None is all from row 0 on.
     """
-    blocks = _choose("forward", u, h, w2)
+    blocks = _choose("forward", u, w2)
+    h, w2 = _whole_steps(h, 2, blocks.depth), _whole_steps(w2, 0, blocks.depth)
     w, b = (_grouped(x, blocks.channels) for x in (w2, b2))
-    run = tpu.forward if backend.platform() == "tpu" else gpu.forward
-    return run(u, h, w, b, seen, width=padded_width(w2.shape[1]), blocks=blocks)
+    width = padded_width(w2.shape[1])
+    return mover()[1].forward(u, h, w, b, seen, width=width, blocks=blocks)
 
 
 def _fused_forward(u, h, w2, b2, seen):
@@ -108,12 +114,13 @@ def _fused_forward(u, h, w2, b2, seen):
 
 def _fused_backward(kept, dv):
     u, h, w2, b2, seen = kept
-    blocks, width = _choose("backward", u, h, w2), w2.shape[1]
+    blocks, (hidden, width, _) = _choose("backward", u, w2), w2.shape
+    h, w2 = _whole_steps(h, 2, blocks.depth), _whole_steps(w2, 0, blocks.depth)
     w, b = (_grouped(x, blocks.channels) for x in (w2, b2))
-    run = tpu.backward if backend.platform() == "tpu" else gpu.backward
+    run = mover()[1].backward
     du, dtaps, db = run(u, h, w, b, dv, seen, width=padded_width(width), blocks=blocks)
-    dh = _product(dtaps, w, ((2,), (1,)))
-    dw = _product(h, dtaps, ((0, 1), (0, 1)))
+    dh = _product(dtaps, w, ((2,), (1,)))[..., :hidden]
+    dw = _product(h, dtaps, ((0, 1), (0, 1)))[:hidden]
     dw, db = (_ungrouped(x, blocks.channels, width) for x in (dw, db.sum((0, 1))))
     return du, dh.astype(h.dtype), dw.astype(w2.dtype), db.astype(b2.dtype), None
 
@@ -130,6 +137,14 @@ def _product(a, b, contract):
     return jax.lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def _whole_steps(x, axis, depth):
+    """Fills an axis of R with zeros up to whole steps of the kernel's product."""
+    extra = -x.shape[axis] % depth if depth else 0
+    if not extra:
+        return x
+    return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
 
 
 def _grouped(x, channels):

@@ -23,11 +23,11 @@ from kernels_pallas import backend
 from kernels_pallas.dynamic_conv.blocks import Blocks
 from kernels_pallas.dynamic_conv.kernel_math import (
     convolve,
-    make_taps,
+    round_taps,
     silu,
     silu_gradient,
     source_gradients,
-    tap_gradients,
+    tap_gradient,
 )
 
 HALO = 16  # rows of the view before a tile: a whole bfloat16 register tile, and W-1 or more
@@ -136,8 +136,8 @@ def _taps_and_sources(h_ref, w_ref, b_ref, u_ref, halo_ref, seen, number, width)
     """As in gpu.py, for tile `number`; float32 sources."""
     rows, part = u_ref.shape
     columns = [slice(j * part, (j + 1) * part) for j in range(width)]
-    products = [backend.matmul(h_ref[...], w_ref[:, c]) for c in columns]
-    taps = make_taps(products, [b_ref[:, c] for c in columns], u_ref.dtype)
+    sums = [backend.matmul(h_ref[...], w_ref[:, c]) + b_ref[:, c] for c in columns]
+    taps = round_taps(sums, u_ref.dtype)
     halo = jnp.where(number == 0, 0.0, halo_ref[...].astype(jnp.float32))
     joined = jnp.concatenate([halo, u_ref[...].astype(jnp.float32)], axis=0)
     backs = list(reversed(range(width)))
@@ -175,7 +175,7 @@ def _backward(h_ref, w_ref, b_ref, u_ref, halo_ref, dv_ref, *refs, width, length
         h_ref, w_ref, b_ref, u_ref, halo_ref, seen, number, width
     )
     dy = silu_gradient(convolve(taps, sources), dv_ref[...])
-    dtaps = tap_gradients(dy, sources)
+    dtaps = [tap_gradient(dy, source) for source in sources]
     parts = source_gradients(dy, taps, owns)
     if length % rows:  # past the end of T lies anything, NaN included
         index = number * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
