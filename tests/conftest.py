@@ -3,6 +3,8 @@
 import os
 import sys
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Almost all of a test's time is compiling; the values do not depend on this.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -26,9 +28,22 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Skips tests that need an accelerator which is not there."""
     import jax
-    import pytest
 
     for item in items:
         for marker in ("gpu", "tpu"):
             if item.get_closest_marker(marker) and jax.default_backend() != marker:
                 item.add_marker(pytest.mark.skip(reason=f"needs a {marker.upper()}"))
+
+
+@pytest.fixture
+def fast_compiles():
+    """Leaves more of XLA's optimizations out, a third of a TPU's compile time.
+
+    What Mosaic does with kernels is the same.
+    """
+    import jax
+
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", "O0")
+    yield
+    jax.config.update("jax_optimization_level", before)

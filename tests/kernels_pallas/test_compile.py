@@ -34,15 +34,6 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def fast_compiles():
-    """Leaves XLA's optimizations out, a third of the time; what Mosaic does is the same."""
-    before = jax.config.jax_optimization_level
-    jax.config.update("jax_optimization_level", "O0")
-    yield
-    jax.config.update("jax_optimization_level", before)
-
-
 def compile_for_tpu(generation, function, shapes):
     """Compiles for one chip."""
     topology = topologies.get_topology_desc(TOPOLOGIES[generation], platform="tpu")
