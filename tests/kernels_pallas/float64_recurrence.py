@@ -65,25 +65,34 @@ def _all(inputs, cotangents, real, starts):
     return *outputs, *pull(to64(cotangents))
 
 
-def compile_recurrence(inputs, cotangents):
+@functools.cache
+def compile_recurrence(sizes):
     """Compiles the recurrence with q and k normalised and the queries scaled by 1/sqrt(K).
 
     Args:
-      inputs: q [B, T, H, K], k, v [B, T, HV, V], g, beta [B, T, HV] and state [B, HV, K, V].
-      cotangents: of o and of the last state.
+      sizes: B, T, H, HV, K and V.
 
     Returns:
       A function of (inputs, cotangents, segment_ids or None): o, the state and the gradients of
-      all inputs, float64.
+      q, k, v, g, beta and the state, all float64.
     """
-    flags = jax.ShapeDtypeStruct(inputs[2].shape[:2], bool)
+    b, t, h, hv, k, v = sizes
+    keys, values, row, state = (b, t, h, k), (b, t, hv, v), (b, t, hv), (b, hv, k, v)
+
+    def shapes(*all_shapes):
+        return tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in all_shapes)
+
+    flags = jax.ShapeDtypeStruct((b, t), bool)
     with jax.enable_x64(True):
-        compiled = _all.lower(inputs, cotangents, flags, flags).compile()
+        compiled = _all.lower(
+            shapes(keys, keys, values, row, row, state), shapes(values, state), flags, flags
+        ).compile()
 
     def run(inputs, cotangents, segment_ids=None):
-        ids = np.ones(inputs[2].shape[:2], np.int32) if segment_ids is None else segment_ids
+        ids = np.ones((b, t), np.int32) if segment_ids is None else segment_ids
+        arrays = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs, cotangents))
         with jax.enable_x64(True):
-            return compiled(inputs, cotangents, *(jnp.asarray(x) for x in borders(ids)))
+            return compiled(*arrays, *(jnp.asarray(x) for x in borders(ids)))
 
     return run
 

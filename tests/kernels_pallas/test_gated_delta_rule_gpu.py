@@ -79,14 +79,13 @@ def compile_kernels(case):
 
 @pytest.fixture(scope="module")
 def compiled(request):
-    """Compiles what the chosen tests need at once, on all cores: futures by name."""
+    """Compiles what the chosen tests need at once, on all cores: futures by name and by sizes."""
     chosen = [x for x in request.session.items if "compiled" in getattr(x, "fixturenames", ())]
-    names = sorted({x.callspec.params["name"] for x in chosen})
-    shapes = {name: jax.eval_shape(functools.partial(make, CASES[name]))[:2] for name in names}
+    cases = {name: CASES[name] for name in sorted({x.callspec.params["name"] for x in chosen})}
+    exact = {case.sizes for name, case in cases.items() if name not in DRAWS}
     with ThreadPoolExecutor(16) as pool:
-        kernels = {name: pool.submit(compile_kernels, CASES[name]) for name in names}
-        exact = [name for name in names if name not in DRAWS]
-        yield kernels, {name: pool.submit(compile_recurrence, *shapes[name]) for name in exact}
+        recurrences = {sizes: pool.submit(compile_recurrence, sizes) for sizes in exact}
+        yield {n: pool.submit(compile_kernels, case) for n, case in cases.items()}, recurrences
 
 
 def compare(name, compiled):
@@ -94,7 +93,7 @@ def compare(name, compiled):
     case = CASES[name]
     inputs, cotangents, _ = make(case)
     got = compiled[0][name].result()(inputs, cotangents)
-    expected = compiled[1][name].result()(inputs, cotangents, segments(case))
+    expected = compiled[1][case.sizes].result()(inputs, cotangents, segments(case))
     return got, expected, dict(zip(NAMES, errors_per_head(got, expected), strict=True))
 
 
