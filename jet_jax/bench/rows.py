@@ -155,12 +155,14 @@ class Step(Row):
         return q, key_, _normal(keys[2], b, h, v), *_gates(keys[3], (b, h)), state
 
     def function(self, implementation: str) -> Function:
+        @jax.jit  # traced and lowered once, though called many times
+        def step(*args):
+            return gated_delta_step(*args, use_qk_l2norm=True, implementation=implementation)
+
         def run(q, k, v, g, beta, state):
             outputs = []
             for _ in range(self.steps):
-                o, state = gated_delta_step(
-                    q, k, v, g, beta, state, use_qk_l2norm=True, implementation=implementation
-                )
+                o, state = step(q, k, v, g, beta, state)
                 outputs.append(o)
             return *outputs, state  # every o, else XLA would leave out what is not used
 
