@@ -61,12 +61,12 @@ def test_tpu_takes_the_widths_of_the_search(case, fast_compiles):
 @needs_libtpu
 def test_a_block_too_large_for_a_tpu_is_an_error(fast_compiles):
     def copy(x):
-        spec = pl.BlockSpec((4096, 1024), lambda i: (i, 0))  # 16 MB in, 16 MB out
+        spec = pl.BlockSpec((8192, 1024), lambda i: (i, 0))  # 32 MB in, 32 MB out, twice
         options = dict(grid=(2,), in_specs=[spec], out_specs=spec, out_shape=x)
         return backend.pallas(lambda x, y: y.__setitem__(..., x[...]), name="copy", **options)(x)
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
-        compile_for_tpu("v5e", copy, [jax.ShapeDtypeStruct((8192, 1024), jnp.float32)])
+        compile_for_tpu("v5e", copy, [jax.ShapeDtypeStruct((16384, 1024), jnp.float32)])
 
 
 @pytest.mark.parametrize("case", CASES | WIDTHS)
