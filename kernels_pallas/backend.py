@@ -69,7 +69,7 @@ def pallas(
     num_warps: int = 4,
     num_stages: int = 1,
     aliases: dict[int, int] | None = None,
-    vmem_bytes: int | None = None,
+    vmem_bytes: int = 64 * 2**20,
     fastest_first: Sequence[int] | None = None,
 ) -> Callable[..., Any]:
     """Makes a `pallas_call` for the platform in force.
@@ -86,7 +86,7 @@ def pallas(
       num_warps: warps a program (GPU).
       num_stages: depth of the software pipeline of loops (GPU).
       aliases: input index to output index, for outputs that take an input's memory.
-      vmem_bytes: memory that a program may use (TPU); None is the compiler's default.
+      vmem_bytes: VMEM that a program may use (TPU); half of what the smallest of them has.
       fastest_first: on a GPU, the grid's axes in the order in which programs are started, the
         fastest one first, for the sake of the L2 cache; None starts with the first axis. The body
         must not ask for its program id then.

@@ -21,7 +21,8 @@ class Blocks:
       states: the same of the walk that rebuilds states and errors.
       back: the same of the walk back.
       gradients: the same of the gradient kernel.
-      programs: the walks' programs that fill the device; fewer, and T is cut into segments.
+      enough: programs of a walk that keep the device busy; with fewer, T is cut into segments.
+      programs: programs of a walk to cut it into then.
     """
 
     chunks: int = 1
@@ -33,11 +34,12 @@ class Blocks:
     states: tuple[int, int] = (4, 3)
     back: tuple[int, int] = (4, 2)
     gradients: tuple[int, int] = (8, 2)
-    programs: int = 384
+    enough: int = 132
+    programs: int = 768
 
 
 GPU = Blocks()
-TPU = Blocks(chunks=8, walk_chunks=8, v_block=0, v_step=0, programs=0)
+TPU = Blocks(chunks=8, walk_chunks=8, v_block=0, v_step=0, enough=0)
 
 
 def find_blocks(platform: str, key_width: int, value_width: int) -> Blocks:

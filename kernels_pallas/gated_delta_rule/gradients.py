@@ -13,7 +13,7 @@ bound by memory. Written: dq, dk and rows for g and β, which XLA sums up (gates
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +33,41 @@ from kernels_pallas.gated_delta_rule.kernel_math import (
 from kernels_pallas.gated_delta_rule.layout import Layout, column_parts, load, row_shape, span
 from kernels_pallas.gated_delta_rule.scores import read_gates
 
+SMALLEST = 1e-20  # a writing strength under this is treated as 0
+
 
 def _loop(steps, add, sums):
     return add(0, sums) if steps == 1 else jax.lax.fori_loop(0, steps, add, sums)
 
 
-def _body(*refs, chunks, parts, v_step, scale, use_qk_l2norm):
-    q_ref, k_ref, *gate_refs = refs[:7]
-    news_ref, dv_ref, do_ref, states_ref, dstates_ref = refs[7:12]
-    dq_ref, dk_ref, dbeta_ref, pairs_ref, from_start_ref, to_write_ref, inner_ref = refs[12:]
+class _Outputs(NamedTuple):
+    q: Any
+    k: Any
+    beta: Any
+    own: Any
+    pairs: Any
+    from_start: Any
+    to_write: Any
+    inner: Any  # <S, dS'>, one a chunk
+
+
+def _body(
+    q_ref,
+    k_ref,
+    gate_refs,
+    news_ref,
+    dv_ref,
+    do_ref,
+    states_ref,
+    dstates_ref,
+    out_refs,
+    *,
+    chunks,
+    parts,
+    v_step,
+    scale,
+    use_qk_l2norm,
+):
     steps = news_ref.shape[-1] // v_step
 
     def chunk(i, carry):
@@ -59,7 +85,8 @@ def _body(*refs, chunks, parts, v_step, scale, use_qk_l2norm):
         sums = _loop(steps, add_pairs, PairProducts(square, square))
         q, k = load(q_ref, rows, parts), load(k_ref, rows, parts)
         pair = pair_gradients(sums, q, k, read_gates(gate_refs, i), scale, use_qk_l2norm)
-        dbeta_ref[row, :], pairs_ref[row, :] = pair.beta, pair.decay
+        out_refs.beta[row, :], out_refs.own[row, :] = pair.beta, pair.own
+        out_refs.pairs[row, :] = pair.decay
 
         def add_states(j, carry):
             columns = span(j, v_step)
@@ -77,10 +104,10 @@ def _body(*refs, chunks, parts, v_step, scale, use_qk_l2norm):
         sums, inner = _loop(steps, add_states, (StateProducts(zeros, zeros, zeros), inner))
         out = row_gradients(sums, pair, q, k, read_gates(gate_refs, i), scale, use_qk_l2norm)
         for part, dq, dk in zip(parts, out.q, out.k, strict=True):
-            dq_ref[rows, part] = dq.astype(dq_ref.dtype)
-            dk_ref[rows, part] = dk.astype(dk_ref.dtype)
-        from_start_ref[row, :], to_write_ref[row, :] = out.from_start, out.to_write
-        inner_ref[row, :] = jnp.sum(inner, axis=0)[:, None]
+            out_refs.q[rows, part] = dq.astype(out_refs.q.dtype)
+            out_refs.k[rows, part] = dk.astype(out_refs.k.dtype)
+        out_refs.from_start[row, :], out_refs.to_write[row, :] = out.from_start, out.to_write
+        out_refs.inner[row, :] = jnp.sum(inner, axis=0)[:, None]
         return carry
 
     if chunks == 1:
@@ -134,7 +161,8 @@ def gradients(
     state, scalar = layout.per_chunk(n, width, key_width), layout.per_chunk(n, 1)
     rows = row_shape(batch, count * CHUNK, heads, key_width, dtype)
     factor = jax.ShapeDtypeStruct(gates.beta.shape, jnp.float32)
-    dq, dk, dbeta, pairs, from_start, to_write, inner = backend.pallas(
+    inner = factor.update(shape=(batch, heads, count, 1))
+    (out,) = backend.pallas(
         functools.partial(
             _body,
             chunks=n,
@@ -145,12 +173,14 @@ def gradients(
         ),
         name="gated_delta_gradients",
         grid=(batch, heads, count // n),
-        in_specs=[keys, keys] + [row] * 5 + [values] * 3 + [state] * 2,
-        out_specs=[dkeys, dkeys] + [row] * 4 + [scalar],
-        out_shape=[rows, rows] + [factor] * 4 + [factor.update(shape=(batch, heads, count, 1))],
+        in_specs=[keys, keys, GateRows(*[row] * 5), values, values, values, state, state],
+        out_specs=[_Outputs(dkeys, dkeys, row, row, row, row, row, scalar)],
+        out_shape=[_Outputs(rows, rows, factor, factor, factor, factor, factor, inner)],
         fastest_first=(1, 2, 0),
         num_warps=blocks.gradients[0],
         num_stages=blocks.gradients[1],
-    )(q, k, *gates, news, dv, do, states, dstates)
-    dg = decay_gradient(gates, pairs, from_start, to_write, inner[..., 0])
-    return dq, dk, dg, dbeta + to_write
+    )(q, k, gates, news, dv, do, states, dstates)
+    dg = decay_gradient(gates, out.pairs, out.from_start, out.to_write, out.inner[..., 0])
+    is_written = gates.beta > SMALLEST
+    dbeta = out.own / jnp.where(is_written, gates.beta, 1.0)
+    return out.q, out.k, dg, jnp.where(is_written, dbeta, out.beta + out.to_write)

@@ -20,11 +20,12 @@ last one left in registers, and only T, P', K and Q come from shared memory.
 
 All gradients follow from five products of a chunk, summed over V. Two are between rows:
 
-    X = dO Nᵀ    Y = stril(dV Nᵀ)
+    X = dO Nᵀ    Y = stril(dV Nᵀ)    y = diag(dV Nᵀ)
 
     G = m (X ∘ D) β r           the gradient of QKᵀ, C x C
     J = r (Y ∘ D) β r           minus the gradient of KKᵀ
-    dβ = colsum(X ∘ P) − colsum(Y ∘ L) + d        P = tril(QKᵀ ∘ D), d below
+    dβ = y / β                  since dV is β times the gradient of δ, whose factor N is
+       = colsum(X ∘ P) − colsum(Y ∘ L) + d        where β is 0; P = tril(QKᵀ ∘ D), d below
 
 and three are with the states. In terms of the rows as given, before their normalisation:
 
@@ -41,7 +42,7 @@ column sums, without the diagonal, which would cancel (gates.py: `decay_gradient
 Rows are K-column parts (tuples), since Triton wants powers of two: 96 is 64 + 32.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,14 +159,31 @@ def unit_inverse(a: jax.Array, operands: jnp.dtype) -> jax.Array:
     return x
 
 
-class Scores(NamedTuple):
-    """What one chunk alone determines."""
+def _stored(x: jax.Array, dtype: jnp.dtype, halves: int) -> Parts:
+    """Rounds a float32 matrix to one of dtype `dtype`, or to two whose sum is closer to it."""
+    return (x.astype(dtype),) if halves == 1 else _high_low(x)
 
-    inverse: jax.Array | None  # T [C, C], in the operands' dtype
-    scores: jax.Array  # P' [C, C], in the operands' dtype
-    read_k: jax.Array  # f = γ r, [1, C]
-    read_q: jax.Array  # h = γ m, [1, C]
-    write: jax.Array  # w = ε β r, [1, C]
+
+def _times(x: jax.Array, y: Parts, contract: Any) -> jax.Array:
+    """Multiplies a float32 matrix with a stored one, x rounded as y is."""
+    if len(y) == 1:
+        return matmul(x.astype(y[0].dtype), y[0], contract)
+    high, low = _high_low(x)
+    small = matmul(low, y[0], contract) + matmul(high, y[1], contract)
+    return small + matmul(high, y[0], contract)
+
+
+class Scores(NamedTuple):
+    """What one chunk alone determines; a field that a kernel does not need is None.
+
+    T and P' are in the operands' dtype, one matrix, or two that add up to it ("high" precision).
+    """
+
+    inverse: Parts | None  # T [C, C]
+    scores: Parts | None  # P' [C, C]
+    read_k: jax.Array | None  # f = γ r, [1, C]
+    read_q: jax.Array | None  # h = γ m, [1, C]
+    write: jax.Array | None  # w = ε β r, [1, C]
 
 
 class Gates(NamedTuple):
@@ -179,7 +197,13 @@ class Gates(NamedTuple):
 
 
 def chunk_scores(
-    q: Parts, k: Parts, gates: Gates, scale: float, use_qk_l2norm: bool, with_inverse: bool
+    q: Parts,
+    k: Parts,
+    gates: Gates,
+    scale: float,
+    use_qk_l2norm: bool,
+    with_inverse: bool,
+    halves: int,
 ) -> Scores:
     """Computes T (if asked for), P' and the row factors of one chunk.
 
@@ -190,6 +214,7 @@ def chunk_scores(
       scale: factor on the queries.
       use_qk_l2norm: normalise rows.
       with_inverse: compute T.
+      halves: matrices that T and P' are stored as, 1 or 2.
 
     Returns:
       The chunk's `Scores`.
@@ -203,10 +228,11 @@ def chunk_scores(
     if with_inverse:
         i, j = _indices(decay.shape[0])
         gram = _sum(matmul(a, a, NT) for a in k) * r * across
-        inverse = unit_inverse(jnp.where(i > j, gram, 0.0), k[0].dtype).astype(k[0].dtype)
+        inverse = unit_inverse(jnp.where(i > j, gram, 0.0), k[0].dtype)
+        inverse = _stored(inverse, k[0].dtype, halves)
     return Scores(
         inverse,
-        scores.astype(k[0].dtype),
+        _stored(scores, k[0].dtype, halves),
         gates.from_start * r_row,
         gates.from_start * to_row(m),
         gates.to_end * gates.beta * r_row,
@@ -233,11 +259,11 @@ def walk_chunk(
     rounded = [x.astype(dtype) for x in state]
     read = _sum(matmul(x, y, NT) for x, y in zip(rounded, k, strict=True))
     error = v - read * s.read_k
-    news = matmul(error.astype(dtype), s.inverse, NT)
+    news = _times(error, s.inverse, NT)
     o = None
     if q is not None:
         o = _sum(matmul(x, y, NT) for x, y in zip(rounded, q, strict=True)) * s.read_q
-        o = o + matmul(news.astype(dtype), s.scores, NT)
+        o = o + _times(news, s.scores, NT)
     written = (news * s.write).astype(dtype)
     state = tuple(x * decay + matmul(written, y, NN) for x, y in zip(state, k, strict=True))
     return state, news.astype(dtype), o
@@ -261,8 +287,8 @@ def walk_back_chunk(
     """
     dtype = k[0].dtype
     z = _sum(matmul(x.astype(dtype), y, NT) for x, y in zip(dstate, k, strict=True)) * s.write
-    z = z + matmul(do, s.scores, NN)
-    dv = matmul(z.astype(dtype), s.inverse, NN)
+    z = z + _sum(matmul(do, x, NN) for x in s.scores)
+    dv = _times(z, s.inverse, NN)
     by_q = (do.astype(jnp.float32) * s.read_q).astype(dtype)
     by_k = (dv * s.read_k).astype(dtype)
     dstate = tuple(
@@ -284,7 +310,8 @@ class PairGradients(NamedTuple):
 
     by_scores: jax.Array  # G [C, C], in the operands' dtype
     by_gram: jax.Array  # J + Jᵀ [C, C], in the operands' dtype
-    beta: jax.Array  # [1, C], without d
+    beta: jax.Array  # of β where it is 0, [1, C], without d
+    own: jax.Array  # y, [1, C]
     decay: jax.Array  # row sums less column sums of the pairs, [1, C]
 
 
@@ -322,6 +349,7 @@ def pair_gradients(
         by_scores.astype(dtype),
         (by_gram + by_gram.T).astype(dtype),
         dbeta,
+        jnp.sum(jnp.where(i == j, x.dv_news, 0.0), axis=0)[None, :],
         to_row(rows) - jnp.sum(products, axis=0)[None, :],
     )
 

@@ -42,6 +42,7 @@ class Options(NamedTuple):
     scale: float
     use_qk_l2norm: bool
     axis_name: str | None
+    halves: int  # matrices that T and P' are stored as
     blocks: Blocks
     segments: int
 
@@ -60,6 +61,7 @@ def gated_delta_rule_pallas(
     state_dtype: jnp.dtype,
     chunk_size: int,
     axis_name: str | None,
+    precision: str | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
     """Runs the recurrence in kernels; `blocks` overrides the table of blocks.py."""
@@ -87,7 +89,8 @@ def gated_delta_rule_pallas(
     state = jnp.pad(jnp.swapaxes(state, 2, 3), ((0, 0), (0, 0), (0, missing), (0, 0)))
 
     factor = key_width**-0.5 if scale is None else float(scale)
-    options = Options(factor, use_qk_l2norm, axis_name, blocks, segments)
+    halves = 2 if precision == "high" and v.dtype == jnp.bfloat16 else 1
+    options = Options(factor, use_qk_l2norm, axis_name, halves, blocks, segments)
     o, state = _rule(options, q, k, v, g, beta, state)
     o = o.reshape(batch, -1, *o.shape[2:])[:, :length, :, :width]
     if segment_ids is not None:
@@ -126,6 +129,8 @@ def _segments(rows: int, width: int, length: int, blocks: Blocks) -> int:
     """Number of segments that fill the device, a power of two, each 32 chunks long or more."""
     programs = rows * math.ceil(width / (blocks.v_block or width))
     segments = 1
+    if programs >= blocks.enough:
+        return segments
     while 2 * segments * programs <= blocks.programs and length >= 2 * segments * 32 * CHUNK:
         segments *= 2
     return segments
@@ -141,17 +146,17 @@ def _by_row(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
-def _initial_states(options: Options, k, v, s: Scores, from_start, state):
+def _initial_states(options: Options, q, k, v, s: Scores, from_start, state):
     """Returns the state before every segment, the one after all, and the segments' transitions."""
     rows, heads, key_width = v.shape[0], from_start.shape[1], k.shape[-1]
     width = state.shape[2]
     zeros = jnp.zeros((rows, heads, width, key_width), jnp.float32)
-    (n,) = walk("final", None, k, v, s, from_start, zeros, blocks=options.blocks)
+    n = walk("final", q, k, v, s, from_start, zeros, blocks=options.blocks).last
     # M is what the rule makes of the identity when nothing is written.
     unit = -key_width % V_UNIT if options.blocks.v_block else 0
     eye = jnp.pad(jnp.eye(key_width, dtype=jnp.float32), ((0, unit), (0, 0)))
     eye = jnp.broadcast_to(eye, (rows, heads, *eye.shape))
-    (x,) = walk("homogeneous", None, k, None, s, from_start, eye, blocks=options.blocks)
+    x = walk("homogeneous", q, k, v, s, from_start, eye, blocks=options.blocks).last
     x, n = (_by_segment(y, options.segments) for y in (x[:, :, :key_width], n))
     if options.axis_name is None:
         before, last = compose.states_before(x, n, state)
@@ -163,59 +168,73 @@ def _initial_states(options: Options, k, v, s: Scores, from_start, state):
     return compose.states_before(x, n, own)[0], last, x
 
 
+def _scores(options: Options, q, k, gates, inverse=None) -> Scores:
+    return scores(
+        q,
+        k,
+        gates,
+        blocks=options.blocks,
+        scale=options.scale,
+        use_qk_l2norm=options.use_qk_l2norm,
+        halves=options.halves,
+        inverse=inverse,
+    )
+
+
 def _is_split(options: Options) -> bool:
     return options.segments > 1 or options.axis_name is not None
 
 
 def _forward(options: Options, q, k, v, g, beta, state):
     gates = gate_rows(g, beta, CHUNK)
-    settings = {
-        "blocks": options.blocks,
-        "scale": options.scale,
-        "use_qk_l2norm": options.use_qk_l2norm,
-    }
     q, k, v = (for_kernel(x) for x in (q, k, v))
-    s = scores(q, k, gates, **settings)
+    s = _scores(options, q, k, gates)
     s = s._replace(inverse=checkpoint_name(s.inverse, INVERSE))
     from_start = gates.from_start
     split = None
     last = None
     initial = state
     if _is_split(options):
-        before, last, x = _initial_states(options, k, v, s, from_start, state)
+        before, last, x = _initial_states(options, q, k, v, s, from_start, state)
         initial = _by_row(before)
         split = (initial, x)
-    final, o = walk("output", q, k, v, s, from_start, initial, blocks=options.blocks)
-    last = final if last is None else last
-    return (for_kernel(o), last), (q, k, v, g, beta, state, s.inverse, split)
+    out = walk("output", q, k, v, s, from_start, initial, blocks=options.blocks)
+    last = out.last if last is None else last
+    return (for_kernel(out.o), last), (q, k, v, g, beta, state, s.inverse, split)
 
 
 def _backward(options: Options, residuals, cotangents):
     q, k, v, g, beta, state, inverse, split = residuals
     do, dlast = cotangents
     blocks = options.blocks
-    settings = {
-        "blocks": blocks,
-        "scale": options.scale,
-        "use_qk_l2norm": options.use_qk_l2norm,
-    }
     gates = gate_rows(g, beta, CHUNK)
     from_start = gates.from_start
     do = for_kernel(do.astype(v.dtype))
-    s = scores(q, k, gates, inverse=inverse, **settings)
+    s = _scores(options, q, k, gates, inverse)
     initial = state if split is None else split[0]
-    _, news, states = walk("states", None, k, v, s, from_start, initial, blocks=blocks)
+    walked = walk("states", q, k, v, s, from_start, initial, blocks=blocks)
 
     dfirst = None
     if split is not None:
         dlast, dfirst = _last_gradients(options, q, k, do, s, from_start, dlast, split[1])
-    dinitial, dv, dstates = walk_back(q, k, do, s, from_start, dlast, store=True, blocks=blocks)
-    dfirst = dinitial if dfirst is None else dfirst
+    back = walk_back(q, k, do, s, from_start, dlast, store=True, blocks=blocks)
+    dfirst = back.first if dfirst is None else dfirst
 
     groups = beta.shape[2] // (q.shape[1] if backend.platform() == "tpu" else q.shape[2])
     dtype = q.dtype if groups == 1 else jnp.float32
     dq, dk, dg, dbeta = gradients(
-        q, k, gates, news, dv, do, states, dstates, dtype=dtype, **settings
+        q,
+        k,
+        gates,
+        walked.news,
+        back.v,
+        do,
+        walked.states,
+        back.states,
+        blocks=blocks,
+        scale=options.scale,
+        use_qk_l2norm=options.use_qk_l2norm,
+        dtype=dtype,
     )
 
     def of_key_heads(x):
@@ -225,13 +244,13 @@ def _backward(options: Options, residuals, cotangents):
         return jnp.sum(x.reshape(*x.shape[:2], -1, groups, x.shape[-1]), axis=3).astype(q.dtype)
 
     dq, dk = of_key_heads(dq), of_key_heads(dk)
-    return dq, dk, for_kernel(dv), from_rows(dg), from_rows(dbeta), dfirst
+    return dq, dk, for_kernel(back.v), from_rows(dg), from_rows(dbeta), dfirst
 
 
 def _last_gradients(options: Options, q, k, do, s: Scores, from_start, dlast, x):
     """Returns the gradient of the state after every segment, and that of the initial state."""
     zeros = jnp.zeros((do.shape[0], *dlast.shape[1:]), jnp.float32)
-    (n,) = walk_back(q, k, do, s, from_start, zeros, store=False, blocks=options.blocks)
+    n = walk_back(q, k, do, s, from_start, zeros, store=False, blocks=options.blocks).first
     n = _by_segment(n, options.segments)
     if options.axis_name is None:
         after, first = compose.gradients_after(x, n, dlast)

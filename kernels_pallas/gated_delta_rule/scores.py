@@ -10,6 +10,7 @@ Written: T and P' (128 bytes each), and three row factors. Arithmetic: 2 product
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +19,29 @@ from jax.experimental import pallas as pl
 from kernels_pallas import backend
 from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks
 from kernels_pallas.gated_delta_rule.gates import GateRows
-from kernels_pallas.gated_delta_rule.kernel_math import Gates, Scores, chunk_scores
+from kernels_pallas.gated_delta_rule.kernel_math import Gates, Parts, Scores, chunk_scores
 from kernels_pallas.gated_delta_rule.layout import Layout, column_parts, load, span
 
 
-def read_gates(refs, i) -> Gates:
-    """Reads the gates of chunk i from five references to [chunks, C]."""
+def read_gates(refs: GateRows, i: Any) -> Gates:
+    """Reads the gates of chunk i from references to [chunks, C]."""
     return Gates(*(ref[pl.ds(i, 1), :] for ref in refs))
 
 
-def _body(*refs, chunks, parts, scale, use_qk_l2norm, with_inverse):
-    q_ref, k_ref, *gate_refs = refs[:7]
-    t_refs, (p_ref, *row_refs) = ((refs[7],), refs[8:]) if with_inverse else ((), refs[7:])
+def _body(q_ref, k_ref, gate_refs, out_refs, *, chunks, parts, scale, use_qk_l2norm):
+    halves = len(out_refs.scores)
 
     def chunk(i, carry):
-        rows = span(i, CHUNK)
+        rows, row = span(i, CHUNK), pl.ds(i, 1)
         q, k = load(q_ref, rows, parts), load(k_ref, rows, parts)
-        gates = read_gates(gate_refs, i)
-        out = chunk_scores(q, k, gates, scale, use_qk_l2norm, with_inverse)
-        for ref in t_refs:
-            ref[rows, :] = out.inverse
-        p_ref[rows, :] = out.scores
-        for ref, row in zip(row_refs, (out.read_k, out.read_q, out.write), strict=True):
-            ref[pl.ds(i, 1), :] = row
+        gates, with_inverse = read_gates(gate_refs, i), out_refs.inverse is not None
+        out = chunk_scores(q, k, gates, scale, use_qk_l2norm, with_inverse, halves)
+        for refs, values in ((out_refs.inverse, out.inverse), (out_refs.scores, out.scores)):
+            for ref, value in zip(refs or (), values or (), strict=True):
+                ref[rows, :] = value
+        out_refs.read_k[row, :] = out.read_k
+        out_refs.read_q[row, :] = out.read_q
+        out_refs.write[row, :] = out.write
         return carry
 
     if chunks == 1:
@@ -57,7 +58,8 @@ def scores(
     blocks: Blocks,
     scale: float,
     use_qk_l2norm: bool,
-    inverse: jax.Array | None = None,
+    halves: int = 1,
+    inverse: Parts | None = None,
 ) -> Scores:
     """Computes every chunk's `Scores`.
 
@@ -68,6 +70,7 @@ def scores(
       blocks: sizes.
       scale: factor on the queries.
       use_qk_l2norm: normalise rows.
+      halves: matrices that T and P' are stored as, 1 or 2.
       inverse: T where it is known; None computes it.
 
     Returns:
@@ -81,23 +84,22 @@ def scores(
     matrix, row = layout.per_chunk(n * CHUNK, CHUNK), layout.per_chunk(n, CHUNK)
     square = jax.ShapeDtypeStruct((batch, heads, count * CHUNK, CHUNK), q.dtype)
     factor = jax.ShapeDtypeStruct((batch, heads, count, CHUNK), jnp.float32)
-    squares = 2 if inverse is None else 1
-    out = backend.pallas(
+
+    def outputs(matrix, row):
+        matrices = (matrix,) * halves
+        return Scores(matrices if inverse is None else None, matrices, row, row, row)
+
+    (out,) = backend.pallas(
         functools.partial(
-            _body,
-            chunks=n,
-            parts=column_parts(width),
-            scale=scale,
-            use_qk_l2norm=use_qk_l2norm,
-            with_inverse=inverse is None,
+            _body, chunks=n, parts=column_parts(width), scale=scale, use_qk_l2norm=use_qk_l2norm
         ),
         name="gated_delta_scores",
         grid=(batch, heads, count // n),
-        in_specs=[rows, rows] + [row] * 5,
-        out_specs=[matrix] * squares + [row] * 3,
-        out_shape=[square] * squares + [factor] * 3,
+        in_specs=[rows, rows, GateRows(*[row] * 5)],
+        out_specs=[outputs(matrix, row)],
+        out_shape=[outputs(square, factor)],
         fastest_first=(1, 2, 0),
         num_warps=blocks.scores[0],
         num_stages=blocks.scores[1],
-    )(q, k, *gates)
-    return Scores(*out) if inverse is None else Scores(inverse, *out)
+    )(q, k, gates)
+    return out if inverse is None else out._replace(inverse=inverse)

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
 from kernels_pallas import backend
@@ -89,24 +90,40 @@ def _rows_to_values(q, k, *, scale: float, use_qk_l2norm: bool):
     return scale * query_factor, key_factor, dot(q, k)
 
 
-def _gpu_body(q_ref, k_ref, v_ref, beta_ref, *refs, part: int, has_decay: bool, options: dict):
+def _gpu_body(
+    q_ref, k_ref, v_ref, beta_ref, *refs, part: int, width: int, has_decay: bool, options: dict
+):
     """One block of columns of one head's state."""
     g_ref, (s_ref, o_ref, new_ref) = refs[0] if has_decay else None, refs[-3:]
-    parts = [slice(i, i + part) for i in range(0, k_ref.shape[0], part)]
-    tiles = [s_ref[p, :].astype(jnp.float32) for p in parts]
+    v_block = s_ref.shape[1]
+    inside = functools.partial(_inside, start=pl.program_id(2) * v_block, width=width)
+    parts = [pl.ds(i, part) for i in range(0, k_ref.shape[0], part)]
+    tiles = [
+        pltriton.load(s_ref.at[p, :], mask=inside((part, v_block))).astype(jnp.float32)
+        for p in parts
+    ]
     q, k = ([ref[p].astype(jnp.float32) for p in parts] for ref in (q_ref, k_ref))
     new_tiles, o = step_values(
         tiles,
         [x[:, None] for x in q],
         [x[:, None] for x in k],
-        v_ref[...].astype(jnp.float32)[None, :],
+        pltriton.load(v_ref, mask=inside((v_block,))).astype(jnp.float32)[None, :],
         1.0 if g_ref is None else jnp.exp(g_ref[...].astype(jnp.float32)),
         beta_ref[...].astype(jnp.float32),
         *_rows_to_values(q, k, **options),
     )
     for p, tile in zip(parts, new_tiles, strict=True):
-        new_ref[p, :] = tile.astype(new_ref.dtype)
-    o_ref[...] = jnp.sum(o, axis=0).astype(o_ref.dtype)
+        tile = tile.astype(new_ref.dtype)
+        pltriton.store(new_ref.at[p, :], tile, mask=inside(tile.shape))
+    o = jnp.sum(o, axis=0).astype(o_ref.dtype)
+    pltriton.store(o_ref, o, mask=inside(o.shape))
+
+
+def _inside(shape: tuple[int, ...], *, start: jax.Array, width: int) -> jax.Array | None:
+    """Returns which columns of a block exist; None where blocks divide V and so all do."""
+    if width % shape[-1] == 0:
+        return None
+    return start + jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < width
 
 
 def _tpu_body(q_ref, k_ref, v_ref, beta_ref, *refs, repeats: int, has_decay: bool, options: dict):
@@ -181,8 +198,8 @@ def _check_supported(q: jax.Array, v: jax.Array, state: jax.Array) -> None:
 def _on_gpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
     batch, heads, key_width, width = state.shape
     repeats = heads // q.shape[1]
-    v_block = min(blocks.v_block, width & -width)
-    assert width % v_block == 0, (width, blocks)
+    v_block = blocks.v_block
+    assert v_block & (v_block - 1) == 0, blocks
     part = min(key_width & -key_width, MAX_PART)
 
     def shared(b, h, c):
@@ -193,10 +210,13 @@ def _on_gpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
     tile = pl.BlockSpec((None, None, key_width, v_block), lambda b, h, c: (b, h, 0, c))
     wide = pl.BlockSpec((None, None, key_width), shared)
     gates = (beta,) if g is None else (beta, g)
+    body = functools.partial(
+        _gpu_body, part=part, width=width, has_decay=g is not None, options=options
+    )
     o, new_state = backend.pallas(
-        functools.partial(_gpu_body, part=part, has_decay=g is not None, options=options),
+        body,
         name="gated_delta_step",
-        grid=(batch, heads, width // v_block),
+        grid=(batch, heads, pl.cdiv(width, v_block)),
         in_specs=[wide, wide, row, *(gate for _ in gates), tile],
         out_specs=[row, tile],
         out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype), _like(state)],

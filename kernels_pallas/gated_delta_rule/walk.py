@@ -15,6 +15,7 @@ Bytes at K = 96, V = 256: 1.9 KB a token and head with o, 2.6 KB with states and
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,29 +27,35 @@ from kernels_pallas.gated_delta_rule.kernel_math import Scores, walk_chunk
 from kernels_pallas.gated_delta_rule.layout import Layout, column_parts, load, row_shape, span
 
 
-def _body(*refs, kind, chunks, parts, carried):
-    refs = list(refs)
-    take = lambda present: refs.pop(0) if present else None  # noqa: E731
-    q_ref = take(kind == "output")
-    k_ref = take(True)
-    v_ref = take(kind != "homogeneous")
-    t_ref, p_ref = take(True), take(kind == "output")
-    f_ref, h_ref, w_ref = take(True), take(kind == "output"), take(True)
-    gamma_ref, first_ref, last_ref = take(True), take(True), take(True)
-    o_ref, news_ref, states_ref = (
-        take(kind == "output"),
-        take(kind == "states"),
-        take(kind == "states"),
-    )
-    columns = last_ref.shape[0]
+class Walked(NamedTuple):
+    """What a walk leaves behind; what its kind does not ask for is None."""
+
+    last: Any  # transposed state after the last chunk [B, HV, V, K] float32
+    o: Any = None  # in the kernels' layout
+    news: Any = None  # N in the kernels' layout
+    states: Any = None  # transposed states before each chunk [B, HV, N, V, K]
+
+
+def read_scores(scores: Scores, rows: Any, row: Any) -> Scores:
+    """Reads one chunk's scores from references."""
+
+    def matrices(refs):
+        return None if refs is None else tuple(ref[rows, :] for ref in refs)
+
+    factors = (None if ref is None else ref[row, :] for ref in scores[2:])
+    return Scores(matrices(scores.inverse), matrices(scores.scores), *factors)
+
+
+def _body(q_ref, k_ref, v_ref, score_refs, gamma_ref, first_ref, out, *, chunks, parts, carried):
+    columns = out.last.shape[0]
 
     if carried:  # the state lies in the output block between programs
 
         @pl.when(pl.program_id(3) == 0)
         def _():
-            last_ref[...] = first_ref[...]
+            out.last[...] = first_ref[...]
 
-    start_ref = last_ref if carried else first_ref
+    start_ref = out.last if carried else first_ref
 
     def chunk(i, state):
         rows, row = span(i, CHUNK), pl.ds(i, 1)
@@ -58,56 +65,49 @@ def _body(*refs, kind, chunks, parts, carried):
             v = jnp.zeros((columns, CHUNK), jnp.float32)
         else:
             v = v_ref[rows, :].T.astype(jnp.float32)
-        scores = Scores(
-            t_ref[rows, :],
-            None if p_ref is None else p_ref[rows, :],
-            f_ref[row, :],
-            None if h_ref is None else h_ref[row, :],
-            w_ref[row, :],
-        )
-        if states_ref is not None:
+        if out.states is not None:
             for part, x in zip(parts, state, strict=True):
-                states_ref[i, :, part] = x.astype(states_ref.dtype)
-        state, news, o = walk_chunk(state, q, k, v, scores, gamma_ref[row, CHUNK - 1 : CHUNK])
-        if o_ref is not None:
-            o_ref[rows, :] = o.astype(o_ref.dtype).T
-        if news_ref is not None:
-            news_ref[rows, :] = news.T
+                out.states[i, :, part] = x.astype(out.states.dtype)
+        scores, gamma = read_scores(score_refs, rows, row), gamma_ref[row, CHUNK - 1 : CHUNK]
+        state, news, o = walk_chunk(state, q, k, v, scores, gamma)
+        if out.o is not None:
+            out.o[rows, :] = o.astype(out.o.dtype).T
+        if out.news is not None:
+            out.news[rows, :] = news.T
         return state
 
     state = tuple(start_ref[:, part] for part in parts)
     state = jax.lax.fori_loop(0, chunks, chunk, state)
     for part, x in zip(parts, state, strict=True):
-        last_ref[:, part] = x
+        out.last[:, part] = x
 
 
 def walk(
     kind: str,
-    q: jax.Array | None,
+    q: jax.Array,
     k: jax.Array,
-    v: jax.Array | None,
+    v: jax.Array,
     scores: Scores,
     from_start: jax.Array,
     initial: jax.Array,
     *,
     blocks: Blocks,
-) -> tuple[jax.Array, ...]:
+) -> Walked:
     """Walks over the chunks.
 
     Args:
       kind: "output" for o; "states" for N and the states before each chunk; "final" for the last
         state alone; "homogeneous" likewise with v = 0.
-      q: queries in the kernels' layout, for "output".
+      q: queries in the kernels' layout (read for "output" alone).
       k: keys in the kernels' layout.
-      v: values in the kernels' layout, but for "homogeneous".
+      v: values in the kernels' layout (not read for "homogeneous").
       scores: of all chunks.
       from_start: γ [B, HV, N, C].
       initial: transposed state before the first chunk [B, HV, V, K] float32.
       blocks: sizes.
 
     Returns:
-      The transposed state after the last chunk [B, HV, V, K] float32, and for "output" o in v's
-      shape and dtype; for "states" N likewise and the transposed states [B, HV, N, V, K].
+      What `kind` asks for; o and N have v's shape and k's dtype.
     """
     batch, heads, count, _ = from_start.shape
     key_heads = k.shape[1 if backend.platform() == "tpu" else 2]
@@ -120,40 +120,48 @@ def walk(
     values = layout.rows(n * CHUNK, columns, column=column)
     matrix, row = layout.per_chunk(n * CHUNK, CHUNK), layout.per_chunk(n, CHUNK)
     state = layout.state(columns, key_width, column)
+    states = layout.per_chunk(n, columns, key_width, column=column)
 
-    inputs = [(keys, k), (values, v), (matrix, scores.inverse), (row, scores.read_k)]
-    inputs += [(row, scores.write), (row, from_start), (state, initial)]
-    if kind == "output":
-        inputs.insert(0, (keys, q))
-        inputs.insert(4, (matrix, scores.scores))
-        inputs.insert(6, (row, scores.read_q))
-    inputs = [(spec, x) for spec, x in inputs if x is not None]
+    if kind != "output":
+        q, scores = None, scores._replace(scores=None, read_q=None)
+    if kind == "homogeneous":
+        v = None
+    inputs = (q, k, v, scores, from_start, initial)
+    matrices = Scores((matrix,) * 2, (matrix,) * 2, row, row, row)
+    in_specs = _where_given(inputs, (keys, keys, values, matrices, row, state))
 
-    outputs = [(state, jax.ShapeDtypeStruct(initial.shape, jnp.float32))]
     rows = row_shape(batch, count * CHUNK, heads, width, k.dtype)
-    if kind in ("output", "states"):
-        outputs.append((values, rows))
-    if kind == "states":
-        spec = layout.per_chunk(n, columns, key_width, column=column)
-        shape = (batch, heads, count, width, key_width)
-        outputs.append((spec, jax.ShapeDtypeStruct(shape, k.dtype)))
-
+    kept = jax.ShapeDtypeStruct((batch, heads, count, width, key_width), k.dtype)
+    last = jax.ShapeDtypeStruct(initial.shape, jnp.float32)
+    out_shape = {
+        "output": Walked(last, o=rows),
+        "states": Walked(last, news=rows, states=kept),
+        "final": Walked(last),
+        "homogeneous": Walked(last),
+    }[kind]
     warps, stages = blocks.walk if kind == "output" else blocks.states
-    return backend.pallas(
+    (out,) = backend.pallas(
         functools.partial(
-            _body,
-            kind=kind,
-            chunks=n,
-            parts=column_parts(key_width),
-            carried=blocks.walk_chunks > 0,
+            _body, chunks=n, parts=column_parts(key_width), carried=blocks.walk_chunks > 0
         ),
         name=f"gated_delta_walk_{kind}",
         grid=(batch, heads, width // columns, count // n),
-        in_specs=[spec for spec, _ in inputs],
-        out_specs=[spec for spec, _ in outputs],
-        out_shape=[shape for _, shape in outputs],
+        in_specs=in_specs,
+        out_specs=[_where_given(out_shape, Walked(state, values, values, states))],
+        out_shape=[out_shape],
         sequential=1,
         fastest_first=(2, 1, 0, 3),
         num_warps=warps,
         num_stages=stages,
-    )(*(x for _, x in inputs))
+    )(*inputs)
+    return out
+
+
+def _where_given(arrays: Any, specs: Any) -> Any:
+    """Keeps the specs of the arrays that are there; fields of `specs` may be longer tuples."""
+    if arrays is None:
+        return None
+    if not isinstance(arrays, tuple):
+        return specs
+    kept = [_where_given(x, spec) for x, spec in zip(arrays, specs, strict=False)]
+    return type(arrays)(*kept) if hasattr(arrays, "_fields") else tuple(kept)

@@ -8,6 +8,7 @@ and dS after each chunk for the gradients of q, k and g.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,38 +18,43 @@ from kernels_pallas import backend
 from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks
 from kernels_pallas.gated_delta_rule.kernel_math import Scores, walk_back_chunk
 from kernels_pallas.gated_delta_rule.layout import Layout, column_parts, load, span
+from kernels_pallas.gated_delta_rule.walk import read_scores
 
 
-def _body(*refs, store, chunks, parts, carried):
-    q_ref, k_ref, do_ref, t_ref, p_ref, f_ref, h_ref, w_ref, gamma_ref, last_ref = refs[:10]
-    first_ref, *outputs = refs[10:]
+class WalkedBack(NamedTuple):
+    """What a walk back leaves behind; the last two only if stored."""
 
+    first: Any  # gradient of the transposed state before the first chunk [B, HV, V, K] float32
+    v: Any = None  # dV in the kernels' layout
+    states: Any = None  # gradients of the transposed states after each chunk [B, HV, N, V, K]
+
+
+def _body(q_ref, k_ref, do_ref, score_refs, gamma_ref, last_ref, out, *, chunks, parts, carried):
     if carried:
 
         @pl.when(pl.program_id(3) == 0)
         def _():
-            first_ref[...] = last_ref[...]
+            out.first[...] = last_ref[...]
 
-    start_ref = first_ref if carried else last_ref
+    start_ref = out.first if carried else last_ref
 
     def chunk(step, dstate):
         i = chunks - 1 - step
         rows, row = span(i, CHUNK), pl.ds(i, 1)
         q, k = load(q_ref, rows, parts), load(k_ref, rows, parts)
-        scores = Scores(t_ref[rows, :], p_ref[rows, :], f_ref[row, :], h_ref[row, :], w_ref[row, :])
-        if store:
+        if out.states is not None:
             for part, x in zip(parts, dstate, strict=True):
-                outputs[1][i, :, part] = x.astype(outputs[1].dtype)
-        do, gamma = do_ref[rows, :].T, gamma_ref[row, CHUNK - 1 : CHUNK]
-        dstate, dv = walk_back_chunk(dstate, q, k, do, scores, gamma)
-        if store:
-            outputs[0][rows, :] = dv.astype(outputs[0].dtype).T
+                out.states[i, :, part] = x.astype(out.states.dtype)
+        scores, gamma = read_scores(score_refs, rows, row), gamma_ref[row, CHUNK - 1 : CHUNK]
+        dstate, dv = walk_back_chunk(dstate, q, k, do_ref[rows, :].T, scores, gamma)
+        if out.v is not None:
+            out.v[rows, :] = dv.astype(out.v.dtype).T
         return dstate
 
     dstate = tuple(start_ref[:, part] for part in parts)
     dstate = jax.lax.fori_loop(0, chunks, chunk, dstate)
     for part, x in zip(parts, dstate, strict=True):
-        first_ref[:, part] = x
+        out.first[:, part] = x
 
 
 def walk_back(
@@ -61,7 +67,7 @@ def walk_back(
     *,
     store: bool,
     blocks: Blocks,
-) -> tuple[jax.Array, ...]:
+) -> WalkedBack:
     """Walks back over the chunks.
 
     Args:
@@ -75,9 +81,7 @@ def walk_back(
       blocks: sizes.
 
     Returns:
-      The gradient of the transposed state before the first chunk [B, HV, V, K] float32, and if
-      `store` dV in `do`'s shape and dtype and the gradients of the transposed states after each
-      chunk [B, HV, N, V, K].
+      The gradients; dV has `do`'s shape and dtype.
     """
     batch, heads, count, _ = from_start.shape
     key_heads = k.shape[1 if backend.platform() == "tpu" else 2]
@@ -91,29 +95,26 @@ def walk_back(
     values = layout.rows(n * CHUNK, columns, column=column)
     matrix, row = layout.per_chunk(n * CHUNK, CHUNK), layout.per_chunk(n, CHUNK)
     state = layout.state(columns, key_width, column)
-    out_specs, out_shape = [state], [jax.ShapeDtypeStruct(last.shape, jnp.float32)]
+    matrices = (matrix,) * len(scores.scores)
+    out_specs = WalkedBack(state)
+    out_shape = WalkedBack(jax.ShapeDtypeStruct(last.shape, jnp.float32))
     if store:
-        out_specs += [values, layout.per_chunk(n, columns, key_width, column=column)]
-        states = (batch, heads, count, width, key_width)
-        out_shape += [
-            jax.ShapeDtypeStruct(do.shape, do.dtype),
-            jax.ShapeDtypeStruct(states, k.dtype),
-        ]
-    return backend.pallas(
+        states = layout.per_chunk(n, columns, key_width, column=column)
+        kept = jax.ShapeDtypeStruct((batch, heads, count, width, key_width), k.dtype)
+        out_specs = WalkedBack(state, values, states)
+        out_shape = out_shape._replace(v=jax.ShapeDtypeStruct(do.shape, do.dtype), states=kept)
+    (out,) = backend.pallas(
         functools.partial(
-            _body,
-            store=store,
-            chunks=n,
-            parts=column_parts(key_width),
-            carried=blocks.walk_chunks > 0,
+            _body, chunks=n, parts=column_parts(key_width), carried=blocks.walk_chunks > 0
         ),
         name="gated_delta_walk_back" if store else "gated_delta_walk_back_final",
         grid=(batch, heads, width // columns, programs),
-        in_specs=[keys, keys, values, matrix, matrix, row, row, row, row, state],
-        out_specs=out_specs,
-        out_shape=out_shape,
+        in_specs=[keys, keys, values, Scores(matrices, matrices, row, row, row), row, state],
+        out_specs=[out_specs],
+        out_shape=[out_shape],
         sequential=1,
         fastest_first=(2, 1, 0, 3),
         num_warps=blocks.back[0],
         num_stages=blocks.back[1],
-    )(q, k, do, *scores, from_start, last)
+    )(q, k, do, scores, from_start, last)
+    return out
