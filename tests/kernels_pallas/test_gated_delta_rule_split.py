@@ -1,4 +1,4 @@
-"""T cut into segments on one device, and T split over devices: equal to the whole, gradients too."""
+"""T cut into segments on one device, and split over devices: equal to the whole, gradients too."""
 
 import functools
 
