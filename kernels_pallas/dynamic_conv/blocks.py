@@ -20,7 +20,8 @@ class Blocks(NamedTuple):
       channels: channels a program.
       depth: how much of R the product takes at a time (GPU; 0: all of R).
       warps: warps a program (GPU).
-      stages: loads in flight (GPU).
+      stages: steps whose operands are in shared memory or on the way (GPU).
+      programs: how many walk over the tiles (GPU): what the multiprocessors hold at once.
     """
 
     rows: int
@@ -28,14 +29,15 @@ class Blocks(NamedTuple):
     depth: int = 0
     warps: int = 0
     stages: int = 0
+    programs: int = 0
 
 
-# (pass, dtype) -> rows, columns of the product, depth, warps, stages
+# (pass, dtype) -> rows, columns of the product, depth, warps, stages, programs
 _GPU = {
-    ("forward", "bfloat16"): (128, 256, 64, 8, 3),
-    ("backward", "bfloat16"): (128, 256, 64, 8, 3),
-    ("forward", "float32"): (128, 128, 32, 8, 2),
-    ("backward", "float32"): (128, 128, 32, 8, 2),
+    ("forward", "bfloat16"): (128, 256, 64, 8, 3, 132),
+    ("backward", "bfloat16"): (128, 256, 64, 8, 3, 132),
+    ("forward", "float32"): (128, 128, 32, 8, 2, 132),
+    ("backward", "float32"): (128, 128, 32, 8, 2, 132),
 }
 # (pass, dtype) -> rows, columns; what fits the 16 MB that a kernel has by default
 _TPU = {
@@ -74,7 +76,7 @@ def choose(
     if width > MAX_TAPS:
         raise NotImplementedError(f"W={width} taps; the kernel takes up to {MAX_TAPS}")
     if device == "gpu":
-        rows, columns, depth, warps, stages = _GPU[key]
+        rows, columns, depth, *rest = _GPU[key]
         wanted = columns // padded_width(width)
         fits = next((c for c in (64, 32, 16) if c <= wanted and channels % c == 0), None)
         if length < rows:
@@ -83,7 +85,7 @@ def choose(
             raise NotImplementedError(f"D={channels} is not a multiple of 16")
         while depth > 32 and -hidden % depth > -hidden % 32:  # the rest is filled with zeros
             depth //= 2
-        return Blocks(rows, fits, depth, warps, stages)
+        return Blocks(rows, fits, depth, *rest)
     if length < 16:
         raise NotImplementedError(f"T={length} tokens a row; the kernel takes 16 or more")
     rows, columns = _TPU[key]

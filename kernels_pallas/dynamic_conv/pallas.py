@@ -121,7 +121,7 @@ def _fused_backward(kept, dv):
     du, dtaps, db = run(u, h, w, b, dv, seen, width=padded_width(width), blocks=blocks)
     dh = _product(dtaps, w, ((2,), (1,)))[..., :hidden]
     dw = _product(h, dtaps, ((0, 1), (0, 1)))[:hidden]
-    dw, db = (_ungrouped(x, blocks.channels, width) for x in (dw, db.sum((0, 1))))
+    dw, db = (_ungrouped(x, blocks.channels, width) for x in (dw, db.sum(0)))
     return du, dh.astype(h.dtype), dw.astype(w2.dtype), db.astype(b2.dtype), None
 
 

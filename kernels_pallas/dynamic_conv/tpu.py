@@ -26,7 +26,7 @@ from kernels_pallas.dynamic_conv.kernel_math import (
     round_taps,
     silu,
     silu_gradient,
-    source_gradients,
+    source_gradient,
     tap_gradient,
 )
 
@@ -71,7 +71,7 @@ def backward(
     *,
     width: int,
     blocks: Blocks,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T N"], Float[Array, "B S N"]]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T N"], Float[Array, "S N"]]:
     """Runs the backward kernel; arguments and results as in gpu.py."""
     batch, length, channels = u.shape
     rows, part = blocks.rows, blocks.channels
@@ -105,7 +105,7 @@ def backward(
             jax.ShapeDtypeStruct((batch, width - 1, KEPT, channels), jnp.float32),
         ),
     )(*arrays)
-    return du, dtaps, db
+    return du, dtaps, db[:, 0]
 
 
 def _seen_rows(seen, tiles, rows):
@@ -142,10 +142,7 @@ def _taps_and_sources(h_ref, w_ref, b_ref, u_ref, halo_ref, seen, number, width)
     joined = jnp.concatenate([halo, u_ref[...].astype(jnp.float32)], axis=0)
     backs = list(reversed(range(width)))
     sources = [joined[HALO - back : HALO - back + rows] for back in backs]
-    if seen is None:
-        return taps, sources, [None] * width
-    owns = [seen >= back for back in backs]
-    return taps, [jnp.where(o, x, 0.0) for o, x in zip(owns, sources, strict=True)], owns
+    return taps, sources, [None if seen is None else seen >= back for back in backs]
 
 
 def _to_column(row):
@@ -159,10 +156,10 @@ def _to_column(row):
 def _forward(h_ref, w_ref, b_ref, u_ref, halo_ref, *refs, width):
     (*seen_ref, v_ref) = refs
     seen = _to_column(seen_ref[0][...]) if seen_ref else None
-    taps, sources, _ = _taps_and_sources(
+    taps, sources, owns = _taps_and_sources(
         h_ref, w_ref, b_ref, u_ref, halo_ref, seen, pl.program_id(2), width
     )
-    v_ref[...] = silu(convolve(taps, sources)).astype(v_ref.dtype)
+    v_ref[...] = silu(convolve(taps, sources, owns)).astype(v_ref.dtype)
 
 
 def _backward(h_ref, w_ref, b_ref, u_ref, halo_ref, dv_ref, *refs, width, length, tiles):
@@ -174,9 +171,9 @@ def _backward(h_ref, w_ref, b_ref, u_ref, halo_ref, dv_ref, *refs, width, length
     taps, sources, owns = _taps_and_sources(
         h_ref, w_ref, b_ref, u_ref, halo_ref, seen, number, width
     )
-    dy = silu_gradient(convolve(taps, sources), dv_ref[...])
-    dtaps = [tap_gradient(dy, source) for source in sources]
-    parts = source_gradients(dy, taps, owns)
+    dy = silu_gradient(convolve(taps, sources, owns), dv_ref[...])
+    dtaps = [tap_gradient(dy, x, own) for x, own in zip(sources, owns, strict=True)]
+    parts = [source_gradient(dy, tap, own) for tap, own in zip(taps, owns, strict=True)]
     if length % rows:  # past the end of T lies anything, NaN included
         index = number * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
         is_real = index < length
