@@ -64,7 +64,7 @@ def dynamic_conv(
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown implementation, fewer than W-1
         tokens a device under `axis_name`.
-      NotImplementedError: the named implementation cannot take the arguments.
+      NotImplementedError: no implementation takes the arguments.
     """
     u, h, w2, b2 = (jnp.asarray(x) for x in (u, h, w2, b2))
     sizes: dict[str, int] = {}
