@@ -28,8 +28,8 @@ def dispatch(
       What the implementation returns.
 
     Raises:
-      ValueError: `implementation` is not a known name.
-      NotImplementedError: the named implementation, or every one, cannot take the arguments.
+      ValueError: `implementation` is not a known name, or cannot take the arguments.
+      NotImplementedError: no implementation takes the arguments.
     """
     if implementation is not None:
         if implementation not in implementations:
@@ -38,7 +38,12 @@ def dispatch(
                 f"{op}: implementation={implementation!r} is unknown; use one of {known}, "
                 "or None for the fastest that supports the arguments"
             )
-        return implementations[implementation](*args, **kwargs)
+        try:
+            return implementations[implementation](*args, **kwargs)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{op}: implementation={implementation!r} cannot take these arguments: {error}"
+            ) from error
     reasons = []
     for name, function in implementations.items():
         if name == "pallas" and platform() == "cpu":

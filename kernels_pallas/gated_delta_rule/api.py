@@ -41,7 +41,6 @@ def gated_delta_rule(
     state_dtype: DTypeLike = jnp.float32,
     chunk_size: int = 64,
     axis_name: str | None = None,
-    precision: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the gated delta rule over a sequence.
@@ -82,12 +81,6 @@ def gated_delta_rule(
       axis_name: mesh axis over which T is split, inside the caller's `shard_map`: every device
         holds the same number of tokens, in order, and the initial state of the first device counts.
         Only "pallas" takes it.
-      precision: of "pallas" with bfloat16 inputs. None rounds every operand once, as other
-        kernels do: errors of 2e-3 to 4e-3 in all outputs and gradients, up to 2e-2 where all keys
-        have a cosine of .9. "high" splits the operands of the products with the chunks' inverses
-        and scores in two, as those products add up large terms that cancel where keys resemble
-        each other: errors stay under 8e-3 there. It costs time, and twice the memory for the
-        inverse. The others are always this accurate.
       implementation: "reference" (token by token), "xla" (chunks), "pallas" (kernels for a GPU or
         a TPU, interpreted elsewhere), or None for the fastest that supports the arguments. A named
         one never falls back.
@@ -98,7 +91,7 @@ def gated_delta_rule(
 
     Raises:
       ValueError: shapes or dtypes that do not fit, a bad chunk_size, an unknown implementation.
-      NotImplementedError: the implementation cannot take the arguments, with the reason.
+      NotImplementedError: no implementation takes the arguments.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     sizes: dict[str, int] = {}
@@ -123,8 +116,6 @@ def gated_delta_rule(
         raise ValueError(f"chunk_size={chunk_size}, expected 16, 32, 64, 128 or 256")
     if not jnp.issubdtype(state_dtype, jnp.floating):
         raise ValueError(f"state_dtype={state_dtype}, expected a floating-point dtype")
-    if precision not in (None, "high"):
-        raise ValueError(f"precision={precision!r}, expected None or 'high'")
     return dispatch(
         "gated_delta_rule",
         CHUNK,
@@ -141,7 +132,6 @@ def gated_delta_rule(
         state_dtype=jnp.dtype(state_dtype),
         chunk_size=chunk_size,
         axis_name=axis_name,
-        precision=precision,
     )
 
 
@@ -181,7 +171,7 @@ def gated_delta_step(
 
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown implementation.
-      NotImplementedError: the named implementation cannot take the arguments, with the reason.
+      NotImplementedError: no implementation takes the arguments.
     """
     q, k, v, beta, state = (jnp.asarray(x) for x in (q, k, v, beta, state))
     sizes: dict[str, int] = {}

@@ -10,13 +10,15 @@ from the chunk's start, ε to its end. With L = stril(KKᵀ ∘ D) the rule read
 N are the recurrence's errors v_t − S~ᵀ k_t, so β N are its δ. T is the inverse of the column-scaled
 matrix, which makes the backward pass the mirror image of the forward one:
 
-    Z = P'ᵀ dO + ε β (K dS')     dV = Tᵀ Z     dS = γ_C dS' + Qᵀ (γ dO) − Kᵀ (γ dV)
+    dV = Tᵀ (ε β K dS') + Yᵀ dO     dS = γ_C dS' + Qᵀ (γ dO) − Kᵀ (γ dV)
 
-with P' = tril(QKᵀ ∘ D) diag(β). Everything that does not need the state is worked out beforehand
-for all chunks at once (`scores`): T, P' and per row f = γ r, h = γ m and w = ε β r. What is left
-for the walk over the chunks is five products, each fed by the one before. The walk holds the
+with Y = tril(QKᵀ ∘ D) diag(β) T, so that O = γ (Q S) + Y (V − γ (K S)). N never enters O: where
+keys resemble each other O adds up large N that cancel, and rounding those would be its largest
+error. Everything that does not need the state is worked out beforehand for all chunks at once
+(`scores`): T, Y and per row f = γ r, h = γ m and w = ε β r. What is left for the walk over the
+chunks is five products, a chain of three of them and two beside it. The walk holds the
 state as Sᵀ [V, K], so that on a GPU the left operand of every product of the chain is what the
-last one left in registers, and only T, P', K and Q come from shared memory.
+last one left in registers, and only T, Y, K and Q come from shared memory.
 
 All gradients follow from five products of a chunk, summed over V. Two are between rows:
 
@@ -42,7 +44,7 @@ column sums, without the diagonal, which would cancel (gates.py: `decay_gradient
 Rows are K-column parts (tuples), since Triton wants powers of two: 96 is 64 + 32.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -159,28 +161,11 @@ def unit_inverse(a: jax.Array, operands: jnp.dtype) -> jax.Array:
     return x
 
 
-def _stored(x: jax.Array, dtype: jnp.dtype, halves: int) -> Parts:
-    """Rounds a float32 matrix to one of dtype `dtype`, or to two whose sum is closer to it."""
-    return (x.astype(dtype),) if halves == 1 else _high_low(x)
-
-
-def _times(x: jax.Array, y: Parts, contract: Any) -> jax.Array:
-    """Multiplies a float32 matrix with a stored one, x rounded as y is."""
-    if len(y) == 1:
-        return matmul(x.astype(y[0].dtype), y[0], contract)
-    high, low = _high_low(x)
-    small = matmul(low, y[0], contract) + matmul(high, y[1], contract)
-    return small + matmul(high, y[0], contract)
-
-
 class Scores(NamedTuple):
-    """What one chunk alone determines; a field that a kernel does not need is None.
+    """What one chunk alone determines; a field that a kernel does not need is None."""
 
-    T and P' are in the operands' dtype, one matrix, or two that add up to it ("high" precision).
-    """
-
-    inverse: Parts | None  # T [C, C]
-    scores: Parts | None  # P' [C, C]
+    inverse: jax.Array | None  # T [C, C], in the operands' dtype
+    scores: jax.Array | None  # Y [C, C], in the operands' dtype
     read_k: jax.Array | None  # f = γ r, [1, C]
     read_q: jax.Array | None  # h = γ m, [1, C]
     write: jax.Array | None  # w = ε β r, [1, C]
@@ -202,10 +187,11 @@ def chunk_scores(
     gates: Gates,
     scale: float,
     use_qk_l2norm: bool,
-    with_inverse: bool,
-    halves: int,
+    inverse: jax.Array | None = None,
 ) -> Scores:
-    """Computes T (if asked for), P' and the row factors of one chunk.
+    """Computes T, Y and the row factors of one chunk.
+
+    Y is multiplied to float32 accuracy from unrounded factors and rounded once.
 
     Args:
       q: query rows, parts [C, k_p].
@@ -213,30 +199,40 @@ def chunk_scores(
       gates: the chunk's gates.
       scale: factor on the queries.
       use_qk_l2norm: normalise rows.
-      with_inverse: compute T.
-      halves: matrices that T and P' are stored as, 1 or 2.
+      inverse: T in the operands' dtype where it is known; None computes it.
 
     Returns:
       The chunk's `Scores`.
     """
+    dtype = k[0].dtype
     m, r = normalisers(q, k, scale, use_qk_l2norm)
     r_row = to_row(r)
     decay = between(gates.coarse, gates.fine)
     across = decay * (r_row * gates.beta)
     scores = _sum(matmul(a, b, NT) for a, b in zip(q, k, strict=True)) * m * across
-    inverse = None
-    if with_inverse:
+    exact = inverse
+    if exact is None:
         i, j = _indices(decay.shape[0])
         gram = _sum(matmul(a, a, NT) for a in k) * r * across
-        inverse = unit_inverse(jnp.where(i > j, gram, 0.0), k[0].dtype)
-        inverse = _stored(inverse, k[0].dtype, halves)
+        exact = unit_inverse(jnp.where(i > j, gram, 0.0), dtype)
     return Scores(
-        inverse,
-        _stored(scores, k[0].dtype, halves),
+        exact.astype(dtype),
+        _exactly(scores, exact, dtype).astype(dtype),
         gates.from_start * r_row,
         gates.from_start * to_row(m),
         gates.to_end * gates.beta * r_row,
     )
+
+
+def _exactly(x: jax.Array, y: jax.Array, operands: jnp.dtype) -> jax.Array:
+    """Multiplies float32 x with y to 1e-5 or better, whatever the operands' dtype."""
+    if operands == jnp.float32:
+        return matmul(x, y)
+    high, low = _high_low(x)
+    if y.dtype == operands:
+        return matmul(low, y) + matmul(high, y)
+    y_high, y_low = _high_low(y)
+    return (matmul(low, y_high) + matmul(high, y_low)) + matmul(high, y_high)
 
 
 def walk_chunk(
@@ -258,12 +254,12 @@ def walk_chunk(
     dtype = k[0].dtype
     rounded = [x.astype(dtype) for x in state]
     read = _sum(matmul(x, y, NT) for x, y in zip(rounded, k, strict=True))
-    error = v - read * s.read_k
-    news = _times(error, s.inverse, NT)
+    error = (v - read * s.read_k).astype(dtype)
+    news = matmul(error, s.inverse, NT)
     o = None
     if q is not None:
         o = _sum(matmul(x, y, NT) for x, y in zip(rounded, q, strict=True)) * s.read_q
-        o = o + _times(news, s.scores, NT)
+        o = o + matmul(error, s.scores, NT)
     written = (news * s.write).astype(dtype)
     state = tuple(x * decay + matmul(written, y, NN) for x, y in zip(state, k, strict=True))
     return state, news.astype(dtype), o
@@ -287,8 +283,7 @@ def walk_back_chunk(
     """
     dtype = k[0].dtype
     z = _sum(matmul(x.astype(dtype), y, NT) for x, y in zip(dstate, k, strict=True)) * s.write
-    z = z + _sum(matmul(do, x, NN) for x in s.scores)
-    dv = _times(z, s.inverse, NN)
+    dv = matmul(z.astype(dtype), s.inverse, NN) + matmul(do, s.scores, NN)
     by_q = (do.astype(jnp.float32) * s.read_q).astype(dtype)
     by_k = (dv * s.read_k).astype(dtype)
     dstate = tuple(

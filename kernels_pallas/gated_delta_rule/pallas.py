@@ -5,7 +5,7 @@
 
 Mathematics: kernel_math.py. Segments, padding and the decays' exponents are dealt with in gates.py.
 Kept for the backward pass: the inputs and T (64 values a token and head, named
-"gated_delta_rule_inverse" for remat policies), and one state a segment where T is cut. P', the
+"gated_delta_rule_inverse" for remat policies), and one state a segment where T is cut. Y, the
 states (one a chunk) and N live only while the backward pass runs.
 
 Where a batch has few heads, T is cut into segments that walk side by side (compose.py); with
@@ -42,7 +42,6 @@ class Options(NamedTuple):
     scale: float
     use_qk_l2norm: bool
     axis_name: str | None
-    halves: int  # matrices that T and P' are stored as
     blocks: Blocks
     segments: int
 
@@ -61,7 +60,6 @@ def gated_delta_rule_pallas(
     state_dtype: jnp.dtype,
     chunk_size: int,
     axis_name: str | None,
-    precision: str | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
     """Runs the recurrence in kernels; `blocks` overrides the table of blocks.py."""
@@ -69,7 +67,7 @@ def gated_delta_rule_pallas(
     batch, length, heads, width = v.shape
     key_width = k.shape[-1]
     platform = backend.platform()
-    blocks = find_blocks(platform, key_width, width) if blocks is None else blocks
+    blocks = find_blocks(platform, key_width) if blocks is None else blocks
 
     ordinals = before = None
     if segment_ids is not None and axis_name is not None:
@@ -89,8 +87,7 @@ def gated_delta_rule_pallas(
     state = jnp.pad(jnp.swapaxes(state, 2, 3), ((0, 0), (0, 0), (0, missing), (0, 0)))
 
     factor = key_width**-0.5 if scale is None else float(scale)
-    halves = 2 if precision == "high" and v.dtype == jnp.bfloat16 else 1
-    options = Options(factor, use_qk_l2norm, axis_name, halves, blocks, segments)
+    options = Options(factor, use_qk_l2norm, axis_name, blocks, segments)
     o, state = _rule(options, q, k, v, g, beta, state)
     o = o.reshape(batch, -1, *o.shape[2:])[:, :length, :, :width]
     if segment_ids is not None:
@@ -107,6 +104,11 @@ def check_supported(q: jax.Array, v: jax.Array, chunk_size: int) -> None:
     key_width, width = q.shape[-1], v.shape[-1]
     if key_width % 32 or not 64 <= key_width <= 256:
         raise NotImplementedError(f"K={key_width}: the kernels take multiples of 32 from 64 to 256")
+    if v.dtype == jnp.float32 and key_width >= 128 and backend.platform() == "gpu":
+        raise NotImplementedError(
+            f"K={key_width} in float32: products in three TF32 passes need more shared memory and "
+            "registers than a GPU has; bfloat16 fits"
+        )
     if width % 16 or not 64 <= width <= 1024:
         raise NotImplementedError(f"V={width}: the kernels take multiples of 16 from 64 to 1024")
 
@@ -176,7 +178,6 @@ def _scores(options: Options, q, k, gates, inverse=None) -> Scores:
         blocks=options.blocks,
         scale=options.scale,
         use_qk_l2norm=options.use_qk_l2norm,
-        halves=options.halves,
         inverse=inverse,
     )
 

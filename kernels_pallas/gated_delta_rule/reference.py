@@ -32,10 +32,9 @@ def gated_delta_rule_reference(
     state_dtype: jnp.dtype,
     chunk_size: int,
     axis_name: str | None,
-    precision: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
-    """Runs the recurrence with `lax.scan`; `chunk_size` and `precision` have no effect on it."""
-    del chunk_size, precision
+    """Runs the recurrence with `lax.scan`; `chunk_size` has no effect on it."""
+    del chunk_size
     if axis_name is not None:
         raise NotImplementedError("the step-by-step scan does not split T over devices (axis_name)")
     batch, length, heads, width = v.shape

@@ -1,15 +1,15 @@
 """Second kernel: the walk over the chunks that carries the state.
 
-    N = T (V − f (K S))      O = h (Q S) + P' N      S <- γ_C S + Kᵀ (w N)
+    E = V − f (K S)     N = T E     O = h (Q S) + Y E     S <- γ_C S + Kᵀ (w N)
 
 (kernel_math.py has the notation.) One program takes some columns of V of one value head (64 on a
 GPU, all on a TPU) from the first chunk to the last: they do not depend on each other. It holds
 Sᵀ [v, K] in float32 registers; each product's left operand is what the last one left there, its
-right one (K, T, Q, P') comes through shared memory, fetched while the chunk before is worked on.
+right one (K, T, Q, Y) comes through shared memory, fetched while the chunk before is worked on.
 A TPU program holds `walk_chunks` chunks at a time and the state in its output block, which stays
 in VMEM from one to the next.
 
-Read: v once; k, q, T and P' by every program of a head, from L2 but for the first. Written: o, and
+Read: v once; k, q, T and Y by every program of a head, from L2 but for the first. Written: o, and
 for the backward pass the state before each chunk (K·V / C values a token) and N instead of o.
 Bytes at K = 96, V = 256: 1.9 KB a token and head with o, 2.6 KB with states and N.
 """
@@ -36,14 +36,10 @@ class Walked(NamedTuple):
     states: Any = None  # transposed states before each chunk [B, HV, N, V, K]
 
 
-def read_scores(scores: Scores, rows: Any, row: Any) -> Scores:
+def read_scores(refs: Scores, rows: Any, row: Any) -> Scores:
     """Reads one chunk's scores from references."""
-
-    def matrices(refs):
-        return None if refs is None else tuple(ref[rows, :] for ref in refs)
-
-    factors = (None if ref is None else ref[row, :] for ref in scores[2:])
-    return Scores(matrices(scores.inverse), matrices(scores.scores), *factors)
+    at = (rows, rows, row, row, row)
+    return Scores(*(None if ref is None else ref[i, :] for ref, i in zip(refs, at, strict=True)))
 
 
 def _body(q_ref, k_ref, v_ref, score_refs, gamma_ref, first_ref, out, *, chunks, parts, carried):
@@ -127,8 +123,7 @@ def walk(
     if kind == "homogeneous":
         v = None
     inputs = (q, k, v, scores, from_start, initial)
-    matrices = Scores((matrix,) * 2, (matrix,) * 2, row, row, row)
-    in_specs = _where_given(inputs, (keys, keys, values, matrices, row, state))
+    specs = (keys, keys, values, Scores(matrix, matrix, row, row, row), row, state)
 
     rows = row_shape(batch, count * CHUNK, heads, width, k.dtype)
     kept = jax.ShapeDtypeStruct((batch, heads, count, width, key_width), k.dtype)
@@ -146,7 +141,7 @@ def walk(
         ),
         name=f"gated_delta_walk_{kind}",
         grid=(batch, heads, width // columns, count // n),
-        in_specs=in_specs,
+        in_specs=_where_given(inputs, specs),
         out_specs=[_where_given(out_shape, Walked(state, values, values, states))],
         out_shape=[out_shape],
         sequential=1,
@@ -158,10 +153,7 @@ def walk(
 
 
 def _where_given(arrays: Any, specs: Any) -> Any:
-    """Keeps the specs of the arrays that are there; fields of `specs` may be longer tuples."""
-    if arrays is None:
-        return None
-    if not isinstance(arrays, tuple):
-        return specs
-    kept = [_where_given(x, spec) for x, spec in zip(arrays, specs, strict=False)]
-    return type(arrays)(*kept) if hasattr(arrays, "_fields") else tuple(kept)
+    """Keeps the specs of the arrays that are there."""
+    return jax.tree.map(
+        lambda x, spec: None if x is None else spec, arrays, specs, is_leaf=lambda x: x is None
+    )

@@ -1,9 +1,9 @@
 """Third kernel: the walk back over the chunks that carries the state's gradient.
 
-    Z = w (K dS') + P'ᵀ dO     dV = Tᵀ Z     dS <- γ_C dS' + Qᵀ (h dO) − Kᵀ (f dV)
+    dV = Tᵀ (w K dS') + Yᵀ dO     dS <- γ_C dS' + Qᵀ (h dO) − Kᵀ (f dV)
 
 The mirror image of the walk (walk.py), cut alike: one program takes some columns of V of a value
-head from the last chunk to the first, dSᵀ [v, K] in registers. Read: dO, k, q, T, P'. Written: dV,
+head from the last chunk to the first, dSᵀ [v, K] in registers. Read: dO, k, q, T, Y. Written: dV,
 and dS after each chunk for the gradients of q, k and g.
 """
 
@@ -95,7 +95,6 @@ def walk_back(
     values = layout.rows(n * CHUNK, columns, column=column)
     matrix, row = layout.per_chunk(n * CHUNK, CHUNK), layout.per_chunk(n, CHUNK)
     state = layout.state(columns, key_width, column)
-    matrices = (matrix,) * len(scores.scores)
     out_specs = WalkedBack(state)
     out_shape = WalkedBack(jax.ShapeDtypeStruct(last.shape, jnp.float32))
     if store:
@@ -109,7 +108,7 @@ def walk_back(
         ),
         name="gated_delta_walk_back" if store else "gated_delta_walk_back_final",
         grid=(batch, heads, width // columns, programs),
-        in_specs=[keys, keys, values, Scores(matrices, matrices, row, row, row), row, state],
+        in_specs=[keys, keys, values, Scores(matrix, matrix, row, row, row), row, state],
         out_specs=[out_specs],
         out_shape=[out_shape],
         sequential=1,

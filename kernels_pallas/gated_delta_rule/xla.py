@@ -51,7 +51,6 @@ def gated_delta_rule_xla(
     state_dtype: jnp.dtype,
     chunk_size: int,
     axis_name: str | None,
-    precision: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
     """Runs the recurrence in chunks of `chunk_size`, or fewer tokens where T is shorter."""
     if axis_name is not None:

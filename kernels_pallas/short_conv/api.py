@@ -54,7 +54,7 @@ def short_conv(
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown activation or implementation, fewer
         than W-1 tokens a device under `axis_name`.
-      NotImplementedError: the named implementation cannot take the arguments.
+      NotImplementedError: no implementation takes the arguments.
     """
     u, w = jnp.asarray(u), jnp.asarray(w)
     sizes: dict[str, int] = {}

@@ -149,7 +149,7 @@ def test_the_default_on_a_cpu_is_xla():
 def test_what_the_kernel_does_not_take_is_said(change, message):
     sizes = dict(batch=1, length=128, channels=16, hidden=16)
     inputs, _ = make(**sizes | change)
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises(ValueError, match=message):
         dynamic_conv(*inputs[:4], implementation="pallas")
 
 

@@ -58,7 +58,7 @@ def test_bad_step_input_is_refused_by_name():
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", None])
 def test_splitting_t_over_devices_is_refused_with_the_reason(implementation):
-    with pytest.raises(NotImplementedError, match="axis_name"):
+    with pytest.raises((NotImplementedError, ValueError), match="axis_name"):
         gated_delta_rule(**SMALL, axis_name="data", implementation=implementation)
 
 
@@ -76,7 +76,7 @@ def test_kernels_give_the_reason_and_the_default_goes_on(sizes, dtype, options, 
     key_width, value_width = sizes
     q = np.zeros((1, 3, 1, key_width), dtype)
     v, row = np.zeros((1, 3, 1, value_width), dtype), np.zeros((1, 3, 1), np.float32)
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises(ValueError, match=message):
         gated_delta_rule(q, q, v, row, row, implementation="pallas", **options)
     with backend.compile_for("gpu", interpret=True):
         assert gated_delta_rule(q, q, v, row, row, **options)[0].shape == v.shape
