@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kernels_pallas import backend
 from kernels_pallas.checks import check_array, check_same_dtype, check_segment_ids
 from kernels_pallas.conv_history import check_tail
 from kernels_pallas.dispatch import dispatch
@@ -81,8 +80,6 @@ def dynamic_conv(
     if segment_ids is not None:
         segment_ids = jnp.asarray(segment_ids)
         check_segment_ids(sizes, segment_ids)
-    if implementation is None and backend.platform() == "cpu":
-        implementation = "xla"  # the kernel would be interpreted
     return dispatch(
         "dynamic_conv",
         IMPLEMENTATIONS,
