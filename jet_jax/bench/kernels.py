@@ -51,7 +51,7 @@ def _compile(function: Function, inputs: Sequence[Any], donated: tuple[int, ...]
     try:
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
         return jax.jit(function, donate_argnums=donated).lower(*shapes).compile()
-    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+    except (ValueError, jax.errors.JaxRuntimeError) as error:  # not for these sizes; no memory
         return _one_line(error)
 
 
