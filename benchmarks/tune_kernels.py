@@ -92,13 +92,14 @@ def space(row: rows.Row) -> Space:
             "depth": (32, 64, 128),
             "warps": (4, 8),
             "stages": (2, 3, 4),
+            "programs": (132, 264),
         }
         return Space(conv_module, "choose", fields, lambda _, name, *rest: name == which)
     fields = {
         "v_block": (32, 64, 128),
         "scores": WARPS_STAGES,
         "walk": WARPS_STAGES,
-        "programs": (0, 192, 384, 768),
+        "programs": (192, 384, 768, 1536),
     }
     if backward:
         fields = {

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from jet_jax.bench import rows
+from kernels_pallas import backend
 from kernels_pallas.gated_delta_rule import step_pallas
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -45,6 +46,21 @@ def test_the_tuner_keeps_the_best_of_one_field_after_another():
     # The blocks reached the kernels: other blocks of V, another program. Warps do not count here.
     assert len(set(programs[:3])) == 3 and programs[1] == programs[3] == programs[4]
     assert step_pallas.find_step_blocks is table
+
+
+@pytest.mark.parametrize("name", ["rule-2b", "rule-2b-grad", "step-float32-b8", "conv-2b-grad"])
+def test_the_tuner_knows_every_operations_table(name):
+    tuner = script("tune_kernels")
+    (row,) = (row for row in rows.all_rows(small=False) if row.name == name)
+    space = tuner.space(row)
+    with backend.compile_for("gpu"):
+        blocks = space.current(
+            row.function("pallas"), jax.eval_shape(row.inputs, jax.random.key(0))
+        )
+    for field, values in space.fields.items():
+        for value in values:
+            changed = tuner.replaced(blocks, field, value)
+            assert getattr(changed, field) == value and type(changed) is type(blocks)
 
 
 def test_the_tuner_tells_what_does_not_compile():
