@@ -50,5 +50,6 @@ WIDTHS = [
         (64, 144, jnp.dtype("bfloat16")),
         (96, 256, jnp.dtype("float32")),
         (192, 288, jnp.dtype("bfloat16")),
+        (256, 576, jnp.dtype("bfloat16")),
     )
 ]

@@ -40,6 +40,16 @@ def test_bfloat16_stays_within_its_rounding(implementation, case):
     assert got[1].dtype == got[5].dtype == jnp.float32
 
 
+@pytest.mark.parametrize("case", ["keys alike", "no decay, beta 1, keys alike"])
+def test_kernels_round_no_sums_that_cancel(case):
+    """N rounded before P' N, and P'ᵀ dO before Tᵀ, would put o and dv off by 6e-3."""
+    inputs, cotangents = make(jnp.bfloat16, SIZES["pallas"], **CASES[case])
+    got = outputs_and_gradients(inputs, SEGMENTS, cotangents, "pallas")
+    expected = oracle.gated_delta_rule(inputs, SEGMENTS, cotangents)
+    o, _, _, _, dv, _, dbeta, _ = (error(x, y) for x, y in zip(got, expected, strict=True))
+    assert o < 4.5e-3 and dv < 5e-3 and dbeta < 7e-3
+
+
 @pytest.mark.parametrize("case", ["plain", "strong decay", "no decay, beta 1, keys alike"])
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "pallas for a TPU"])
 def test_packed_and_padded_rows_equal_their_documents_alone(implementation, case):
