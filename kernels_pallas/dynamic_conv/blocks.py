@@ -1,4 +1,4 @@
-"""Tile sizes of the fused kernels, by device, pass and dtype; `benchmarks/tune_conv.py` finds them.
+"""Tile sizes of the fused kernels by device, pass and dtype; benchmarks/tune_kernels.py finds them.
 
 A tile is `rows` tokens by `channels` channels with all their W taps. The kernels see a power of
 two of taps (leading ones are 0), so a tile's product has W·channels columns.
@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 MAX_TAPS = 8
-COLUMNS = 256  # of a GPU tile's product: 256 with 128 rows is what a multiprocessor can hold
 
 
 class Blocks(NamedTuple):
@@ -35,7 +34,7 @@ class Blocks(NamedTuple):
 # (pass, dtype) -> rows, columns of the product, depth, warps, stages, programs
 _GPU = {
     ("forward", "bfloat16"): (128, 256, 64, 8, 3, 132),
-    ("backward", "bfloat16"): (128, 256, 64, 8, 3, 132),
+    ("backward", "bfloat16"): (128, 128, 64, 4, 2, 264),
     ("forward", "float32"): (128, 128, 32, 8, 2, 132),
     ("backward", "float32"): (128, 128, 32, 8, 2, 132),
 }

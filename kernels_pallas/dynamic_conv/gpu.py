@@ -1,8 +1,10 @@
 """The fused kernels on a GPU (Triton): the product and the convolution of one tile of rows.
 
-Equations: kernel_math.py. A tile is 128 tokens and 64 channels with their 4 taps. Its product,
-h w2 over R in steps of 64, is a [128, 256] accumulator, the most that a multiprocessor's registers
-hold; both operands stream through shared memory (48 KB a step). The columns are ordered tap by tap
+Equations: kernel_math.py. A tile is 128 tokens and, forward, 64 channels with their 4 taps. Its
+product, h w2 over R in steps of 64, is a [128, 256] accumulator, the most that a multiprocessor's
+registers hold; both operands stream through shared memory (48 KB a step for 4.2 MFLOP). Backward
+has more to do per tile after the product: tiles of 32 channels, so that two programs share a
+multiprocessor and one multiplies while the other finishes. The columns are ordered tap by tap
 within the tile, so that splitting the accumulator into its taps moves nothing. Rows of u before
 the tile are read from memory again (they are in the cache), so tiles need nothing from each other.
 
@@ -14,7 +16,7 @@ and w2 (9 MB) stays in the L2 cache.
 
 Bytes, bfloat16, a token and channel: forward reads u, writes v (4), and 2·R a token of h;
 backward reads u and dv, writes du and W dtaps (6 + 2·W). Products: 2·R·W a token and channel in
-each. From the L2 cache: 48 KB for every 4.2 MFLOP.
+each.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """What a GPU kernel does with one tile once its taps are known (see gpu.py; equations there).
 
-Everything here happens on [128, 64] values in registers. Rows of u are read from memory or the
-cache once for every tap that meets them.
+Everything here happens on values of one tap's size in registers. Rows of u are read, from the
+cache, once for every tap that meets them.
 
 du needs rows after a token. The backward kernel's tiles overlap by W-1 rows and each writes the
 rows it sees whole. Triton cannot move rows of a value; but it can split a value in halves, so a
