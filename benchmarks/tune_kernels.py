@@ -82,7 +82,11 @@ def space(row: rows.Row) -> Space:
     """The search space of a row's operation."""
     backward = row.what == rows.BOTH
     if row.op == "gated_delta_step":
-        fields = {"v_block": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8)}
+        fields = {
+            "v_block": (16, 32, 64, 128, 256),
+            "warps": (1, 2, 4, 8),
+            "part": (8, 16, 32),
+        }
         return Space(step_module, "find_step_blocks", fields)
     if row.op == "dynamic_conv":
         which = "backward" if backward else "forward"

@@ -61,19 +61,39 @@ class StepBlocks:
     """How the work of one decoding step is cut.
 
     Attributes:
-      v_block: columns of V a program takes on a GPU; it shrinks to a power of two that divides V.
+      v_block: columns of V a program takes on a GPU, a power of two.
       warps: warps a program on a GPU.
+      part: rows of K in one tile on a GPU, at most.
       head_bytes: bytes of states a program takes at most on a TPU (at least one head's).
     """
 
     v_block: int = 64
     warps: int = 4
+    part: int = 16
     head_bytes: int = 2**20
+
+
+# By the state's dtype, H100, B128 H12 K96 V256. A row of a block is 256 bytes.
+STEP = {"float32": StepBlocks(), "bfloat16": StepBlocks(v_block=128, part=32)}
+STEP_FEW = StepBlocks(v_block=32)  # B1 and B8 there: more programs, each with less to wait for
+FEW = 528  # programs of 64 columns that an H100 runs at once, by registers
 
 
 def find_step_blocks(
     rows: int, key_width: int, value_width: int, state_dtype: jnp.dtype
 ) -> StepBlocks:
-    """Returns the blocks for B·HV states of a shape and dtype."""
-    del rows, key_width, value_width, state_dtype
-    return StepBlocks()
+    """Returns the blocks for one step.
+
+    Args:
+      rows: states, B·HV.
+      key_width: K.
+      value_width: V.
+      state_dtype: float32 or bfloat16.
+    """
+    if rows * value_width < FEW * 64:
+        return STEP_FEW
+    blocks = STEP[jnp.dtype(state_dtype).name]
+    # Compiled for an H100, not timed: more warps for the registers of a taller block.
+    if key_width > 128:
+        return dataclasses.replace(blocks, v_block=64, warps=8)
+    return dataclasses.replace(blocks, warps=8 if key_width * blocks.v_block > 12288 else 4)

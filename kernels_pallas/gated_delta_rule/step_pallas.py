@@ -11,12 +11,14 @@ are less than one per cent of it. Everything small happens here too, since decod
 launches where it is not bound by the state: on a GPU the whole step is this one launch.
 
 GPU: a program takes `v_block` columns of one head's state, [K, v_block]; columns of V do not depend
-on each other, so nothing is shared. The block is loaded once, stays in registers (that is why
-`v_block` is small: 48 to 96 registers a thread) and is stored over itself. Loads run along V, 16
-bytes a thread. K is cut into equal parts whose size is a power of two (96 = 3 · 32), which the
-Triton compiler asks for; their products are added up before the one reduction over rows, which
-crosses warps. Enough programs run beside each other on a multiprocessor to keep loads in flight
-while others reduce or store.
+on each other, so nothing is shared. The block is loaded once, stays in registers (48 to 96 a thread,
+which bounds `v_block`) and is stored over itself. Loads run along V, 16 bytes a thread and 256 in a
+row. Where `v_block` does not divide V, the last block is masked. K is cut into equal tiles whose
+height is a power of two (96 = 6 · 16), which the Triton compiler asks for; their products are added
+up before the one reduction over rows, which crosses warps. Several programs run beside each other
+on a multiprocessor and keep loads in flight while others reduce or store; a loop over several
+states in one program was no faster, and blocks of all 256 columns, which leave a multiprocessor one
+program, were slower.
 
 TPU: a program takes whole states of `heads` heads of one sequence into VMEM, about a megabyte, so
 that copies in and out overlap with the arithmetic of the program before. Rows lie along lanes there
@@ -35,8 +37,6 @@ from jaxtyping import Array, Float
 from kernels_pallas import backend
 from kernels_pallas.gated_delta_rule.blocks import StepBlocks, find_step_blocks
 from kernels_pallas.gated_delta_rule.inputs import L2_EPS
-
-MAX_PART = 128  # rows of K in one part on a GPU
 
 
 def step_values(
@@ -200,7 +200,7 @@ def _on_gpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
     repeats = heads // q.shape[1]
     v_block = blocks.v_block
     assert v_block & (v_block - 1) == 0, blocks
-    part = min(key_width & -key_width, MAX_PART)
+    part = min(key_width & -key_width, blocks.part)
 
     def shared(b, h, c):
         return (b, h if repeats == 1 else jax.lax.div(h, repeats), 0)
