@@ -1,7 +1,7 @@
 """One token of the gated delta rule in one kernel: the state is read once and written in place.
 
-With raw rows q and k, factors m = scale / |q| and r = 1 / |k| (without l2-normalisation m = scale,
-r = 1), γ = e^g, and both products taken of the state as it comes in:
+As in step_math.py, with raw rows q and k, factors m = scale / |q| and r = 1 / |k| (m = scale and
+r = 1 without l2-normalisation), γ = e^g, and both products taken of the state as it comes in:
 
     a = Sᵀk    b = Sᵀq    δ = β (v − γ r a)    S' = γ S + k (r δ)ᵀ    o = m (γ b + r (q·k) δ)
 
@@ -11,14 +11,14 @@ are less than one per cent of it. Everything small happens here too, since decod
 launches where it is not bound by the state: on a GPU the whole step is this one launch.
 
 GPU: a program takes `v_block` columns of one head's state, [K, v_block]; columns of V do not depend
-on each other, so nothing is shared. The block is loaded once, stays in registers (48 to 96 a thread,
-which bounds `v_block`) and is stored over itself. Loads run along V, 16 bytes a thread and 256 in a
-row. Where `v_block` does not divide V, the last block is masked. K is cut into equal tiles whose
-height is a power of two (96 = 6 · 16), which the Triton compiler asks for; their products are added
-up before the one reduction over rows, which crosses warps. Several programs run beside each other
-on a multiprocessor and keep loads in flight while others reduce or store; a loop over several
-states in one program was no faster, and blocks of all 256 columns, which leave a multiprocessor one
-program, were slower.
+on each other, so nothing is shared. The block is loaded once, stays in registers (48 to 96 of a
+thread's, which bounds `v_block`) and is stored over itself. Loads run along V, 16 bytes a thread
+and 256 in a row. Where `v_block` does not divide V, the last block is masked. K is cut into equal
+tiles whose height is a power of two (96 = 6 · 16), which the Triton compiler asks for; their
+products are added up before the one reduction over rows, which crosses warps. Several programs run
+beside each other on a multiprocessor and keep loads in flight while others reduce or store. On an
+H100 a loop over several states in one program was no faster, and blocks of all 256 columns, which
+leave a multiprocessor one program, were slower.
 
 TPU: a program takes whole states of `heads` heads of one sequence into VMEM, about a megabyte, so
 that copies in and out overlap with the arithmetic of the program before. Rows lie along lanes there
@@ -26,7 +26,6 @@ and are turned into columns with a mask. Operands get a unit axis for the (8, 12
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,58 +35,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import backend
 from kernels_pallas.gated_delta_rule.blocks import StepBlocks, find_step_blocks
-from kernels_pallas.gated_delta_rule.inputs import L2_EPS
-
-
-def step_values(
-    tiles: Sequence[jax.Array],
-    q: Sequence[jax.Array],
-    k: Sequence[jax.Array],
-    v: jax.Array,
-    gamma: jax.Array | float,
-    beta: jax.Array,
-    query_factor: jax.Array | float,
-    key_factor: jax.Array | float,
-    overlap: jax.Array,
-) -> tuple[list[jax.Array], jax.Array]:
-    """The equations above for some columns of one head, on values.
-
-    Args:
-      tiles: the state's rows [K, V] in equal parts, float32.
-      q: raw queries as columns [K, 1] in the same parts, float32.
-      k: raw keys, likewise.
-      v: value row [1, V], float32.
-      gamma: decay.
-      beta: writing strength; as all factors a scalar or [1, 1].
-      query_factor: m.
-      key_factor: r.
-      overlap: q·k of the raw rows.
-
-    Returns:
-      The new state in the same parts, and o [1, V].
-    """
-    read_k, read_q = (
-        jnp.sum(functools.reduce(jnp.add, map(jnp.multiply, tiles, x)), axis=0, keepdims=True)
-        for x in (k, q)
-    )
-    error = v - gamma * key_factor * read_k
-    # Selected, not only multiplied: an infinite value must not reach a row that writes nothing.
-    delta = key_factor * jnp.where(beta == 0, 0.0, beta * error)
-    o = query_factor * (gamma * read_q + overlap * delta)
-    return [gamma * s + x * delta for s, x in zip(tiles, k, strict=True)], o
-
-
-def _rows_to_values(q, k, *, scale: float, use_qk_l2norm: bool):
-    """Returns m, r and q·k of rows that lie along the last axis, in parts."""
-
-    def dot(x, y):
-        products = functools.reduce(jnp.add, map(jnp.multiply, x, y))
-        return jnp.sum(products) if products.ndim == 1 else jnp.sum(products, axis=1, keepdims=True)
-
-    if not use_qk_l2norm:
-        return scale, 1.0, dot(q, k)
-    query_factor, key_factor = (jax.lax.rsqrt(dot(x, x) + L2_EPS) for x in (q, k))
-    return scale * query_factor, key_factor, dot(q, k)
+from kernels_pallas.gated_delta_rule.step_math import row_values, step_values
 
 
 def _gpu_body(
@@ -110,7 +58,7 @@ def _gpu_body(
         pltriton.load(v_ref, mask=inside((v_block,))).astype(jnp.float32)[None, :],
         1.0 if g_ref is None else jnp.exp(g_ref[...].astype(jnp.float32)),
         beta_ref[...].astype(jnp.float32),
-        *_rows_to_values(q, k, **options),
+        *row_values(q, k, **options),
     )
     for p, tile in zip(parts, new_tiles, strict=True):
         tile = tile.astype(new_ref.dtype)
@@ -149,7 +97,7 @@ def _tpu_body(q_ref, k_ref, v_ref, beta_ref, *refs, repeats: int, has_decay: boo
             v_ref[i].astype(jnp.float32),
             1.0 if g_ref is None else jnp.exp(gate(g_ref, head)),
             gate(beta_ref, head),
-            *_rows_to_values([q], [k], **options),
+            *row_values([q], [k], **options),
         )
         new_ref[i] = tile.astype(new_ref.dtype)
         o_ref[i] = o.astype(o_ref.dtype)
