@@ -11,6 +11,7 @@ def dispatch(
     implementations: Mapping[str, Callable[..., Any]],
     implementation: str | None,
     *args: Any,
+    kernels_on: tuple[str, ...] = ("gpu", "tpu"),
     **kwargs: Any,
 ) -> Any:
     """Calls one implementation of an operation.
@@ -20,8 +21,9 @@ def dispatch(
       implementations: name to function, fastest first. A function that cannot take the arguments
         raises `NotImplementedError` with the reason.
       implementation: the one to call, without any fallback; None takes the first that supports
-        the arguments ("pallas" not on a CPU, where it would be interpreted).
+        the arguments.
       *args: passed on.
+      kernels_on: platforms where None may take "pallas"; never a CPU, where it is interpreted.
       **kwargs: passed on.
 
     Returns:
@@ -46,7 +48,7 @@ def dispatch(
             ) from error
     reasons = []
     for name, function in implementations.items():
-        if name == "pallas" and platform() == "cpu":
+        if name == "pallas" and platform() not in kernels_on:
             continue
         try:
             return function(*args, **kwargs)

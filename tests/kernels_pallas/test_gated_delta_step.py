@@ -215,7 +215,7 @@ def test_widths_the_kernel_does_not_take_fall_back_unless_it_is_named():
         args = make(*sizes)
         with pytest.raises(ValueError, match=reason):
             gated_delta_step(*args, implementation="pallas")
-        with backend.compile_for("gpu"):  # where the kernel would come first
+        with backend.compile_for("tpu"):  # where the kernel would come first
             o, state = gated_delta_step(*args, use_qk_l2norm=True)
         want_o, want_state = expected(args)
         assert error(o, want_o) < 1e-6 and error(state, want_state) < 1e-6
