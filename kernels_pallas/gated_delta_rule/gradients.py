@@ -1,6 +1,6 @@
 """Fourth kernel: the gradients of q, k, g and β, for all chunks at once.
 
-    X = dO Nᵀ    Y = dV Nᵀ                      then G and J
+    X = dO Nᵀ    Z = dV Nᵀ                      then G and J
     dO Sᵀ        dV Sᵀ       N dS'ᵀ             then dQ and dK
 
 (kernel_math.py has the equations.) One program takes one chunk of one value head on a GPU, eight on

@@ -22,12 +22,12 @@ last one left in registers, and only T, Y, K and Q come from shared memory.
 
 All gradients follow from five products of a chunk, summed over V. Two are between rows:
 
-    X = dO Nᵀ    Y = stril(dV Nᵀ)    y = diag(dV Nᵀ)
+    X = dO Nᵀ    Z = stril(dV Nᵀ)    z = diag(dV Nᵀ)
 
     G = m (X ∘ D) β r           the gradient of QKᵀ, C x C
-    J = r (Y ∘ D) β r           minus the gradient of KKᵀ
-    dβ = y / β                  since dV is β times the gradient of δ, whose factor N is
-       = colsum(X ∘ P) − colsum(Y ∘ L) + d        where β is 0; P = tril(QKᵀ ∘ D), d below
+    J = r (Z ∘ D) β r           minus the gradient of KKᵀ
+    dβ = z / β                  since dV is β times the gradient of δ, whose factor N is
+       = colsum(X ∘ P) − colsum(Z ∘ L) + d        where β is 0; P = tril(QKᵀ ∘ D), d below
 
 and three are with the states. In terms of the rows as given, before their normalisation:
 
@@ -37,7 +37,7 @@ and three are with the states. In terms of the rows as given, before their norma
 and a normalised row takes away what lies along itself: dq −= (m²/scale²) (q·dq) q.
 
 A log decay scales every factor whose span covers its row, so its gradient sums the gradients of
-all such factors' logarithms: P ∘ X β − L ∘ Y β of D_ij for j < t <= i; q·a − k·b of γ_i for
+all such factors' logarithms: P ∘ X β − L ∘ Z β of D_ij for j < t <= i; q·a − k·b of γ_i for
 t <= i; β d of ε_j for j < t; and γ_C <S, dS'>. The sum over pairs is taken from their row and
 column sums, without the diagonal, which would cancel (gates.py: `decay_gradient`).
 
@@ -50,9 +50,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.backend import NN, NT, TN, matmul, platform
+from kernels_pallas.gated_delta_rule.inputs import L2_EPS
 
 Parts = tuple[jax.Array, ...]
-L2_EPS = 1e-6
 
 
 def _indices(size: int) -> tuple[jax.Array, jax.Array]:
@@ -297,7 +297,7 @@ class PairProducts(NamedTuple):
     """Products between rows, summed over V, [C, C] float32."""
 
     do_news: jax.Array  # X
-    dv_news: jax.Array  # Y, not masked yet
+    dv_news: jax.Array  # Z, not masked yet
 
 
 class PairGradients(NamedTuple):
@@ -306,7 +306,7 @@ class PairGradients(NamedTuple):
     by_scores: jax.Array  # G [C, C], in the operands' dtype
     by_gram: jax.Array  # J + Jᵀ [C, C], in the operands' dtype
     beta: jax.Array  # of β where it is 0, [1, C], without d
-    own: jax.Array  # y, [1, C]
+    own: jax.Array  # z, [1, C]
     decay: jax.Array  # row sums less column sums of the pairs, [1, C]
 
 
