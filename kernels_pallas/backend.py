@@ -129,8 +129,11 @@ def pallas(
 def _reordered(spec: pl.BlockSpec, order: tuple[int, ...]) -> pl.BlockSpec:
     """Makes the block spec of a grid whose axes come in another order."""
 
+    original = spec.index_map
+    assert original is not None
+
     def index_map(*indices):
-        return spec.index_map(*(indices[order.index(axis)] for axis in range(len(order))))
+        return original(*(indices[order.index(axis)] for axis in range(len(order))))
 
     return pl.BlockSpec(spec.block_shape, index_map)
 

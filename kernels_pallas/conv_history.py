@@ -120,7 +120,7 @@ def _packed_rows(u, tail, has_tail, segment_ids, axis_name):
         start = jnp.where(follows, 0, start) if has_tail else jnp.zeros_like(start)
         ends = _rows(u, before, start, length - width + jnp.arange(width)[None])
         left = _from_left(ends, axis_name)
-        before = jnp.where(follows[:, None, None], left, before) if has_tail else left
+        before = left if before is None else jnp.where(follows[:, None, None], left, before)
     seen = jnp.minimum(positions, width)
     if has_tail:
         seen = jnp.where(segment_ids == first_id, width, seen)

@@ -8,7 +8,7 @@ G_i − G_j loses the small decays behind a large one if the running sum G is ro
 into a part on a grid so coarse that sums of it are exact, and a rest too small to lose anything.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,13 @@ GRID = 2.0**11  # sums of 64 numbers down to -120 on this grid fit float32's 24 
 
 
 class GateRows(NamedTuple):
-    """Rows of every chunk, float32."""
+    """Rows of every chunk [B, HV, N, C], float32; in a kernel references to a chunk's or more."""
 
-    coarse: Float[Array, "B HV N C"]  # running sum of the decays' coarse parts
-    fine: Float[Array, "B HV N C"]  # running sum of the rests
-    beta: Float[Array, "B HV N C"]
-    from_start: Float[Array, "B HV N C"]  # γ
-    to_end: Float[Array, "B HV N C"]  # ε
+    coarse: Any  # running sum of the decays' coarse parts
+    fine: Any  # running sum of the rests
+    beta: Any
+    from_start: Any  # γ
+    to_end: Any  # ε
 
 
 def bordered(

@@ -44,7 +44,7 @@ column sums, without the diagonal, which would cancel (gates.py: `decay_gradient
 Rows are K-column parts (tuples), since Triton wants powers of two: 96 is 64 + 32.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,13 +162,17 @@ def unit_inverse(a: jax.Array, operands: jnp.dtype) -> jax.Array:
 
 
 class Scores(NamedTuple):
-    """What one chunk alone determines; a field that a kernel does not need is None."""
+    """What one chunk alone determines; a field that a kernel does not need is None.
 
-    inverse: jax.Array | None  # T [C, C], in the operands' dtype
-    scores: jax.Array | None  # Y [C, C], in the operands' dtype
-    read_k: jax.Array | None  # f = γ r, [1, C]
-    read_q: jax.Array | None  # h = γ m, [1, C]
-    write: jax.Array | None  # w = ε β r, [1, C]
+    The same structure holds the values of a chunk, references to them in a kernel, block specs, and
+    the arrays of all chunks.
+    """
+
+    inverse: Any  # T [C, C], in the operands' dtype
+    scores: Any  # Y [C, C], in the operands' dtype
+    read_k: Any  # f = γ r, [1, C]
+    read_q: Any  # h = γ m, [1, C]
+    write: Any  # w = ε β r, [1, C]
 
 
 class Gates(NamedTuple):

@@ -163,9 +163,10 @@ def _initial_states(options: Options, q, k, v, s: Scores, from_start, state):
     if options.axis_name is None:
         before, last = compose.states_before(x, n, state)
         return before, last, x
-    whole = jax.lax.all_gather(compose.compose(x, n), options.axis_name)
+    all_x, all_n = jax.lax.all_gather(compose.compose(x, n), options.axis_name)
     first = compose.on_first_device(state, options.axis_name)
-    before, last = compose.states_before(*whole, jax.lax.psum(first, options.axis_name))
+    first = jax.lax.psum(first, options.axis_name)
+    before, last = compose.states_before(all_x, all_n, first)
     own = jax.lax.dynamic_index_in_dim(before, jax.lax.axis_index(options.axis_name), 0, False)
     return compose.states_before(x, n, own)[0], last, x
 

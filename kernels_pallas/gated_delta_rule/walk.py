@@ -66,7 +66,7 @@ def _body(q_ref, k_ref, v_ref, score_refs, gamma_ref, first_ref, out, *, chunks,
                 out.states[i, :, part] = x.astype(out.states.dtype)
         scores, gamma = read_scores(score_refs, rows, row), gamma_ref[row, CHUNK - 1 : CHUNK]
         state, news, o = walk_chunk(state, q, k, v, scores, gamma)
-        if out.o is not None:
+        if o is not None:
             out.o[rows, :] = o.astype(out.o.dtype).T
         if out.news is not None:
             out.news[rows, :] = news.T
@@ -119,10 +119,15 @@ def walk(
     states = layout.per_chunk(n, columns, key_width, column=column)
 
     if kind != "output":
-        q, scores = None, scores._replace(scores=None, read_q=None)
-    if kind == "homogeneous":
-        v = None
-    inputs = (q, k, v, scores, from_start, initial)
+        scores = scores._replace(scores=None, read_q=None)
+    inputs = (
+        q if kind == "output" else None,
+        k,
+        v if kind != "homogeneous" else None,
+        scores,
+        from_start,
+        initial,
+    )
     specs = (keys, keys, values, Scores(matrix, matrix, row, row, row), row, state)
 
     rows = row_shape(batch, count * CHUNK, heads, width, k.dtype)
