@@ -232,7 +232,7 @@ def inputs(batch: int, length: int, heads: int, key_width: int, width: int) -> t
     v = jax.random.normal(keys[2], (batch, length, heads, width)).astype(jnp.bfloat16)
     decay = -(jax.random.uniform(keys[3], (batch, length, heads)) ** 3)
     gates = gate_rows(decay, jax.random.uniform(keys[4], (batch, length, heads)), CHUNK)
-    blocks = find_blocks("gpu", key_width, width)
+    blocks = find_blocks("gpu", key_width)
     chunks = scores(q, k, gates, blocks=blocks, scale=key_width**-0.5, use_qk_l2norm=True)
     initial = 0.1 * jax.random.normal(keys[5], (batch, heads, width, key_width))
     return q, k, v, chunks, gates.from_start, initial
@@ -309,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{kind:12s} lowered, {len(lower(kind, *shape))} characters")
         return
     arrays = jax.jit(inputs, static_argnums=range(5))(*shape)
-    blocks = find_blocks("gpu", options.key, options.value)
+    blocks = find_blocks("gpu", options.key)
     for kind in KINDS:
         old = jax.jit(lambda *a, kind=kind: pallas_walk(kind, *a, blocks=blocks))
         new = jax.jit(lambda *a, kind=kind: triton_walk(kind, *a))
