@@ -3,8 +3,8 @@
     X = dO Nᵀ    Z = dV Nᵀ                      then G and J
     dO Sᵀ        dV Sᵀ       N dS'ᵀ             then dQ and dK
 
-(kernel_math.py has the equations.) One program takes one chunk of one value head on a GPU, eight on
-a TPU. It goes over V twice: the products between rows first, which leave two [C, C] matrices in
+(gradient_math.py has the equations.) One program takes one chunk of one value head on a GPU, eight
+on a TPU. It goes over V twice: the products between rows first, which leave two [C, C] matrices in
 bfloat16, then those with the states; together their sums would not fit in the registers. Both are
 loops, since unrolled their operands would not fit either. dO, dV and N come from L2 the second
 time.
@@ -23,7 +23,7 @@ from kernels_pallas import backend
 from kernels_pallas.backend import NT, matmul
 from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks
 from kernels_pallas.gated_delta_rule.gates import GateRows, decay_gradient
-from kernels_pallas.gated_delta_rule.kernel_math import (
+from kernels_pallas.gated_delta_rule.gradient_math import (
     PairProducts,
     StateProducts,
     add_state_products,

@@ -20,42 +20,24 @@ chunks is five products, a chain of three of them and two beside it. The walk ho
 state as Sᵀ [V, K], so that on a GPU the left operand of every product of the chain is what the
 last one left in registers, and only T, Y, K and Q come from shared memory.
 
-All gradients follow from five products of a chunk, summed over V. Two are between rows:
-
-    X = dO Nᵀ    Z = stril(dV Nᵀ)    z = diag(dV Nᵀ)
-
-    G = m (X ∘ D) β r           the gradient of QKᵀ, C x C
-    J = r (Z ∘ D) β r           minus the gradient of KKᵀ
-    dβ = z / β                  since dV is β times the gradient of δ, whose factor N is
-       = colsum(X ∘ P) − colsum(Z ∘ L) + d        where β is 0; P = tril(QKᵀ ∘ D), d below
-
-and three are with the states. In terms of the rows as given, before their normalisation:
-
-    a = h (dO Sᵀ)    b = f (dV Sᵀ)    c = ε r (N dS'ᵀ)    d = rowsum(K ∘ c)
-    dQ = a + G K     dK = β c − b + Gᵀ Q − (J + Jᵀ) K
-
-and a normalised row takes away what lies along itself: dq −= (m²/scale²) (q·dq) q.
-
-A log decay scales every factor whose span covers its row, so its gradient sums the gradients of
-all such factors' logarithms: P ∘ X β − L ∘ Z β of D_ij for j < t <= i; q·a − k·b of γ_i for
-t <= i; β d of ε_j for j < t; and γ_C <S, dS'>. The sum over pairs is taken from their row and
-column sums, without the diagonal, which would cancel (gates.py: `decay_gradient`).
+The gradients of q, k, g and β follow in gradient_math.py.
 
 Rows are K-column parts (tuples), since Triton wants powers of two: 96 is 64 + 32.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.backend import NN, NT, TN, matmul, platform
+from kernels_pallas.backend import NN, NT, matmul, platform
 from kernels_pallas.gated_delta_rule.inputs import L2_EPS
 
 Parts = tuple[jax.Array, ...]
 
 
-def _indices(size: int) -> tuple[jax.Array, jax.Array]:
+def indices(size: int) -> tuple[jax.Array, jax.Array]:
     """Returns the row and the column number of every entry of a [C, C] matrix."""
     shape = (size, size)
     return (
@@ -68,7 +50,7 @@ def to_column(row: jax.Array) -> jax.Array:
     """Turns a row [1, C] into a column [C, 1]; on a TPU as a masked sum, which Mosaic has."""
     if platform() != "tpu":
         return row.T
-    i, j = _indices(row.shape[1])
+    i, j = indices(row.shape[1])
     return jnp.sum(jnp.where(i == j, row, 0.0), axis=1)[:, None]
 
 
@@ -76,11 +58,12 @@ def to_row(column: jax.Array) -> jax.Array:
     """Turns a column [C, 1] into a row [1, C]."""
     if platform() != "tpu":
         return column.T
-    i, j = _indices(column.shape[0])
+    i, j = indices(column.shape[0])
     return jnp.sum(jnp.where(i == j, column, 0.0), axis=0)[None, :]
 
 
-def _sum(parts) -> jax.Array:
+def add_up(parts: Iterable[jax.Array]) -> jax.Array:
+    """Sums one or more arrays, without a zero to start from."""
     total = None
     for part in parts:
         total = part if total is None else total + part
@@ -88,18 +71,17 @@ def _sum(parts) -> jax.Array:
     return total
 
 
-def between(coarse: jax.Array, fine: jax.Array, strictly: bool = False) -> jax.Array:
-    """Returns D [C, C], zero above the diagonal (and on it if `strictly`).
+def between(coarse: jax.Array, fine: jax.Array) -> jax.Array:
+    """Returns D [C, C], zero above the diagonal.
 
     Args:
       coarse: running sum of the decays' coarse parts, [1, C] (see gates.py: differences of
         coarse sums are exact).
       fine: running sum of the rests, [1, C].
-      strictly: leaves the diagonal out.
     """
-    i, j = _indices(coarse.shape[1])
+    i, j = indices(coarse.shape[1])
     log = (to_column(coarse) - coarse) + (to_column(fine) - fine)
-    return jnp.exp(jnp.where((i > j) if strictly else (i >= j), log, -jnp.inf))
+    return jnp.exp(jnp.where(i >= j, log, -jnp.inf))
 
 
 def normalisers(q: Parts, k: Parts, scale: float, use_qk_l2norm: bool) -> tuple[jax.Array, ...]:
@@ -107,12 +89,11 @@ def normalisers(q: Parts, k: Parts, scale: float, use_qk_l2norm: bool) -> tuple[
     size = k[0].shape[0]
     if not use_qk_l2norm:
         return jnp.full((size, 1), scale, jnp.float32), jnp.full((size, 1), 1.0, jnp.float32)
-    m, r = (
-        jax.lax.rsqrt(
-            _sum(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=1)[:, None] for x in rows) + L2_EPS
-        )
+    squares = (
+        add_up(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=1)[:, None] for x in rows)
         for rows in (q, k)
     )
+    m, r = (jax.lax.rsqrt(x + L2_EPS) for x in squares)
     return m * scale, r
 
 
@@ -141,7 +122,7 @@ def unit_inverse(a: jax.Array, operands: jnp.dtype) -> jax.Array:
     Returns:
       The inverse, float32.
     """
-    i, j = _indices(a.shape[0])
+    i, j = indices(a.shape[0])
 
     def mul(x, y):
         return matmul(x.astype(operands), y.astype(operands))
@@ -213,11 +194,11 @@ def chunk_scores(
     r_row = to_row(r)
     decay = between(gates.coarse, gates.fine)
     across = decay * (r_row * gates.beta)
-    scores = _sum(matmul(a, b, NT) for a, b in zip(q, k, strict=True)) * m * across
+    scores = add_up(matmul(a, b, NT) for a, b in zip(q, k, strict=True)) * m * across
     exact = inverse
     if exact is None:
-        i, j = _indices(decay.shape[0])
-        gram = _sum(matmul(a, a, NT) for a in k) * r * across
+        i, j = indices(decay.shape[0])
+        gram = add_up(matmul(a, a, NT) for a in k) * r * across
         exact = unit_inverse(jnp.where(i > j, gram, 0.0), dtype)
     return Scores(
         exact.astype(dtype),
@@ -257,12 +238,12 @@ def walk_chunk(
     """
     dtype = k[0].dtype
     rounded = [x.astype(dtype) for x in state]
-    read = _sum(matmul(x, y, NT) for x, y in zip(rounded, k, strict=True))
+    read = add_up(matmul(x, y, NT) for x, y in zip(rounded, k, strict=True))
     error = (v - read * s.read_k).astype(dtype)
     news = matmul(error, s.inverse, NT)
     o = None
     if q is not None:
-        o = _sum(matmul(x, y, NT) for x, y in zip(rounded, q, strict=True)) * s.read_q
+        o = add_up(matmul(x, y, NT) for x, y in zip(rounded, q, strict=True)) * s.read_q
         o = o + matmul(error, s.scores, NT)
     written = (news * s.write).astype(dtype)
     state = tuple(x * decay + matmul(written, y, NN) for x, y in zip(state, k, strict=True))
@@ -286,7 +267,7 @@ def walk_back_chunk(
       The gradient of Sᵀ before the chunk, and dVᵀ [V, C] float32.
     """
     dtype = k[0].dtype
-    z = _sum(matmul(x.astype(dtype), y, NT) for x, y in zip(dstate, k, strict=True)) * s.write
+    z = add_up(matmul(x.astype(dtype), y, NT) for x, y in zip(dstate, k, strict=True)) * s.write
     dv = matmul(z.astype(dtype), s.inverse, NN) + matmul(do, s.scores, NN)
     by_q = (do.astype(jnp.float32) * s.read_q).astype(dtype)
     by_k = (dv * s.read_k).astype(dtype)
@@ -295,149 +276,3 @@ def walk_back_chunk(
         for x, a, b in zip(dstate, q, k, strict=True)
     )
     return dstate, dv
-
-
-class PairProducts(NamedTuple):
-    """Products between rows, summed over V, [C, C] float32."""
-
-    do_news: jax.Array  # X
-    dv_news: jax.Array  # Z, not masked yet
-
-
-class PairGradients(NamedTuple):
-    """What follows from the products between rows."""
-
-    by_scores: jax.Array  # G [C, C], in the operands' dtype
-    by_gram: jax.Array  # J + Jᵀ [C, C], in the operands' dtype
-    beta: jax.Array  # of β where it is 0, [1, C], without d
-    own: jax.Array  # z, [1, C]
-    decay: jax.Array  # row sums less column sums of the pairs, [1, C]
-
-
-def pair_gradients(
-    x: PairProducts, q: Parts, k: Parts, gates: Gates, scale: float, use_qk_l2norm: bool
-) -> PairGradients:
-    """Computes one chunk's gradients with respect to the products between rows.
-
-    Args:
-      x: the chunk's products.
-      q: query rows, parts [C, k_p].
-      k: key rows, parts [C, k_p].
-      gates: the chunk's gates.
-      scale: factor on the queries.
-      use_qk_l2norm: whether rows are normalised.
-
-    Returns:
-      The chunk's `PairGradients`.
-    """
-    dtype = k[0].dtype
-    m, r = normalisers(q, k, scale, use_qk_l2norm)
-    decay = between(gates.coarse, gates.fine)
-    i, j = _indices(decay.shape[0])
-    decay_r = decay * to_row(r)
-    gram = _sum(matmul(a, a, NT) for a in k)
-    pairs = jnp.where(i > j, x.dv_news, 0.0) * (decay_r * r)
-    by_gram, products = pairs * gates.beta, -pairs * gram
-    pairs = x.do_news * (decay_r * m)
-    by_scores = pairs * gates.beta
-    products = products + pairs * _sum(matmul(a, b, NT) for a, b in zip(q, k, strict=True))
-    dbeta = jnp.sum(products, axis=0)[None, :]
-    products = jnp.where(i > j, products * gates.beta, 0.0)
-    rows = jnp.sum(products, axis=1)[:, None]
-    return PairGradients(
-        by_scores.astype(dtype),
-        (by_gram + by_gram.T).astype(dtype),
-        dbeta,
-        jnp.sum(jnp.where(i == j, x.dv_news, 0.0), axis=0)[None, :],
-        to_row(rows) - jnp.sum(products, axis=0)[None, :],
-    )
-
-
-class StateProducts(NamedTuple):
-    """Products with the states, summed over V, float32."""
-
-    do_state: Parts  # dO Sᵀ, parts [C, k_p]
-    dv_state: Parts  # dV Sᵀ, parts [C, k_p]
-    news_dstate: Parts  # N dS'ᵀ, parts [C, k_p]
-
-
-def add_state_products(
-    sums: StateProducts, state: Parts, dstate: Parts, do: jax.Array, dv: jax.Array, news: jax.Array
-) -> StateProducts:
-    """Adds the share of some columns of V.
-
-    Args:
-      sums: the sums so far.
-      state: Sᵀ before the chunk, parts [v, k_p], in the operands' dtype.
-      dstate: the gradient of Sᵀ after the chunk, likewise.
-      do: dO [C, v], likewise.
-      dv: dV [C, v], likewise.
-      news: N [C, v], likewise.
-    """
-
-    def add(total, rows, parts):
-        return tuple(x + matmul(rows, y, NN) for x, y in zip(total, parts, strict=True))
-
-    return StateProducts(
-        add(sums.do_state, do, state),
-        add(sums.dv_state, dv, state),
-        add(sums.news_dstate, news, dstate),
-    )
-
-
-class RowGradients(NamedTuple):
-    """Gradients of a chunk's query and key rows, float32."""
-
-    q: Parts
-    k: Parts
-    from_start: jax.Array  # gradient of log γ, [1, C]
-    to_write: jax.Array  # d, [1, C]
-
-
-def _dot_rows(x: Parts, y: Parts) -> jax.Array:
-    products = (jnp.sum(a.astype(jnp.float32) * b, axis=1) for a, b in zip(x, y, strict=True))
-    return _sum(products)[:, None]
-
-
-def row_gradients(
-    sums: StateProducts,
-    pair: PairGradients,
-    q: Parts,
-    k: Parts,
-    gates: Gates,
-    scale: float,
-    use_qk_l2norm: bool,
-) -> RowGradients:
-    """Computes the gradients of one chunk's rows.
-
-    Args:
-      sums: the chunk's products with the states.
-      pair: what the products between rows gave.
-      q: query rows, parts [C, k_p].
-      k: key rows, parts [C, k_p].
-      gates: the chunk's gates.
-      scale: factor on the queries.
-      use_qk_l2norm: whether rows are normalised.
-
-    Returns:
-      The chunk's `RowGradients`.
-    """
-    m, r = normalisers(q, k, scale, use_qk_l2norm)
-    gamma, beta = to_column(gates.from_start), to_column(gates.beta)
-    h, f, w = gamma * m, gamma * r, to_column(gates.to_end) * r
-    from_q = tuple(x * h for x in sums.do_state)
-    from_k = tuple(x * f for x in sums.dv_state)
-    written = tuple(x * w for x in sums.news_dstate)
-    to_write = _dot_rows(k, written)
-    from_start = _dot_rows(q, from_q) - _dot_rows(k, from_k)
-    dq = tuple(x + matmul(pair.by_scores, y, NN) for x, y in zip(from_q, k, strict=True))
-    dk = tuple(
-        beta * x - y + (matmul(pair.by_scores, a, TN) - matmul(pair.by_gram, b, NN))
-        for x, y, a, b in zip(written, from_k, q, k, strict=True)
-    )
-    if use_qk_l2norm:
-        along_q = (m / scale) * (m / scale) * _dot_rows(q, dq)
-        along_k = r * r * _dot_rows(k, dk)
-        dq = tuple(x - along_q * y.astype(jnp.float32) for x, y in zip(dq, q, strict=True))
-        dk = tuple(x - along_k * y.astype(jnp.float32) for x, y in zip(dk, k, strict=True))
-    return RowGradients(dq, dk, to_row(from_start), to_row(to_write))

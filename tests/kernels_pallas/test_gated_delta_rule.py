@@ -42,7 +42,7 @@ def test_bfloat16_stays_within_its_rounding(implementation, case):
 
 @pytest.mark.parametrize("case", ["keys alike", "no decay, beta 1, keys alike"])
 def test_kernels_round_no_sums_that_cancel(case):
-    """N rounded before P' N, and P'ᵀ dO before Tᵀ, would put o and dv off by 6e-3."""
+    """Summing P diag(β) N with N rounded, not Y E, would put o and dv off by 6e-3."""
     inputs, cotangents = make(jnp.bfloat16, SIZES["pallas"], **CASES[case])
     got = outputs_and_gradients(inputs, SEGMENTS, cotangents, "pallas")
     expected = oracle.gated_delta_rule(inputs, SEGMENTS, cotangents)

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 from kernels_pallas.gated_delta_rule.gates import BORDER, decay_gradient, gate_rows
-from kernels_pallas.gated_delta_rule.kernel_math import (
-    Gates,
+from kernels_pallas.gated_delta_rule.gradient_math import (
     PairProducts,
     StateProducts,
     add_state_products,
-    between,
-    chunk_scores,
     pair_gradients,
     row_gradients,
+)
+from kernels_pallas.gated_delta_rule.kernel_math import (
+    Gates,
+    between,
+    chunk_scores,
     unit_inverse,
     walk_back_chunk,
     walk_chunk,
