@@ -11,7 +11,6 @@ def dispatch(
     implementations: Mapping[str, Callable[..., Any]],
     implementation: str | None,
     *args: Any,
-    kernels_on: tuple[str, ...] = ("gpu", "tpu"),
     **kwargs: Any,
 ) -> Any:
     """Calls one implementation of an operation.
@@ -23,7 +22,6 @@ def dispatch(
       implementation: the one to call, without any fallback; None takes the first that supports
         the arguments.
       *args: passed on.
-      kernels_on: platforms where None may take "pallas"; never a CPU, where it is interpreted.
       **kwargs: passed on.
 
     Returns:
@@ -48,7 +46,7 @@ def dispatch(
             ) from error
     reasons = []
     for name, function in implementations.items():
-        if name == "pallas" and platform() not in kernels_on:
+        if name == "pallas" and platform() == "cpu":  # interpreted there
             continue
         try:
             return function(*args, **kwargs)

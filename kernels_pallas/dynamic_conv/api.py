@@ -11,8 +11,6 @@ from kernels_pallas.dynamic_conv.pallas import dynamic_conv_pallas
 from kernels_pallas.dynamic_conv.reference import dynamic_conv_reference
 from kernels_pallas.dynamic_conv.xla import dynamic_conv_xla
 
-# On a GPU once tests/kernels_pallas/test_dynamic_conv_gpu.py has passed on one.
-KERNEL_ON = ("tpu",)
 IMPLEMENTATIONS = {
     "pallas": dynamic_conv_pallas,
     "xla": dynamic_conv_xla,
@@ -56,8 +54,7 @@ def dynamic_conv(
       axis_name: axis of the caller's `shard_map` over which T is split, in order. The devices
         exchange W-1 rows; `tail`, in and out, is the same on all of them.
       implementation: "reference" (token by token), "xla" (shifted sums), "pallas" (one kernel with
-        the product; interpreted on a CPU), or None for the fastest that takes the arguments; on a
-        GPU the kernel is taken by name only.
+        the product; interpreted on a CPU), or None for the fastest that takes the arguments.
 
     Returns:
       v [B, T, D] in u's dtype, and the new tail [B, W-1, D] in the tail's dtype (u's if None):
@@ -95,5 +92,4 @@ def dynamic_conv(
         has_tail=has_tail,
         segment_ids=segment_ids,
         axis_name=axis_name,
-        kernels_on=KERNEL_ON,
     )

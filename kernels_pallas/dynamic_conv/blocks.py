@@ -34,7 +34,7 @@ class Blocks(NamedTuple):
 # (pass, dtype) -> rows, columns of the product, depth, warps, stages, programs
 _GPU = {
     ("forward", "bfloat16"): (128, 256, 64, 8, 3, 132),
-    ("backward", "bfloat16"): (128, 128, 64, 4, 2, 264),
+    ("backward", "bfloat16"): (128, 128, 64, 4, 3, 264),
     ("forward", "float32"): (128, 128, 32, 8, 2, 132),
     ("backward", "float32"): (128, 128, 32, 8, 2, 132),
 }

@@ -17,8 +17,6 @@ CHUNK = {
     "xla": gated_delta_rule_xla,
     "reference": gated_delta_rule_reference,
 }
-# On a GPU once tests/kernels_pallas/test_gated_delta_step_gpu.py has passed on one.
-STEP_KERNEL_ON = ("tpu",)
 STEP = {"pallas": step_pallas, "xla": step_xla, "reference": step_reference}
 
 
@@ -165,8 +163,8 @@ def gated_delta_step(
       scale: factor on the queries; None is 1/sqrt(K).
       use_qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6) per head, in float32.
       implementation: "reference", "xla", "pallas" (one kernel for a GPU or a TPU, interpreted
-        elsewhere), or None for the fastest that supports the arguments; on a GPU the kernel is
-        taken by name only. A named one never falls back.
+        elsewhere), or None for the fastest that supports the arguments. A named one never falls
+        back.
 
     Returns:
       o [B, HV, V] in v's dtype, and the new state in the state's dtype.
@@ -201,5 +199,4 @@ def gated_delta_step(
         state,
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,
-        kernels_on=STEP_KERNEL_ON,
     )

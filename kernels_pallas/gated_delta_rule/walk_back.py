@@ -18,7 +18,7 @@ from kernels_pallas import backend
 from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks
 from kernels_pallas.gated_delta_rule.kernel_math import Scores, walk_back_chunk
 from kernels_pallas.gated_delta_rule.layout import Layout, column_parts, load, span
-from kernels_pallas.gated_delta_rule.walk import read_scores
+from kernels_pallas.gated_delta_rule.walk import read_rows, with_matrices
 
 
 class WalkedBack(NamedTuple):
@@ -40,13 +40,13 @@ def _body(q_ref, k_ref, do_ref, score_refs, gamma_ref, last_ref, out, *, chunks,
 
     def chunk(step, dstate):
         i = chunks - 1 - step
-        rows, row = span(i, CHUNK), pl.ds(i, 1)
+        rows, factors = span(i, CHUNK), read_rows(score_refs, gamma_ref, i)
         q, k = load(q_ref, rows, parts), load(k_ref, rows, parts)
         if out.states is not None:
             for part, x in zip(parts, dstate, strict=True):
                 out.states[i, :, part] = x.astype(out.states.dtype)
-        scores, gamma = read_scores(score_refs, rows, row), gamma_ref[row, CHUNK - 1 : CHUNK]
-        dstate, dv = walk_back_chunk(dstate, q, k, do_ref[rows, :].T, scores, gamma)
+        scores = with_matrices(score_refs, rows, factors)
+        dstate, dv = walk_back_chunk(dstate, q, k, do_ref[rows, :].T, scores, factors.gamma)
         if out.v is not None:
             out.v[rows, :] = dv.astype(out.v.dtype).T
         return dstate

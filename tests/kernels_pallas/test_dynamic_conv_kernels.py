@@ -125,16 +125,18 @@ def test_rows_of_other_segments_do_not_leak_even_if_not_finite(mover):
     np.testing.assert_array_equal(bad[:, 150:], v[:, 150:])
 
 
-def test_the_default_is_the_kernel_on_a_tpu_alone():
+def test_the_default_is_the_kernel_where_it_is_compiled():
     inputs, _ = make(batch=1, length=128, channels=16, hidden=16)
-    text = str(jax.make_jaxpr(lambda *x: dynamic_conv(*x))(*inputs[:4]))
-    assert "pallas_call" not in text
-    with backend.compile_for("tpu"):
-        text = str(jax.make_jaxpr(lambda *x: dynamic_conv(*x))(*inputs[:4]))
-        short = str(
-            jax.make_jaxpr(lambda u, h, *x: dynamic_conv(u[:, :9], h[:, :9], *x))(*inputs[:4])
-        )
-    assert "pallas_call" in text and "pallas_call" not in short
+
+    def jaxpr(length):
+        run = lambda u, h, *x: dynamic_conv(u[:, :length], h[:, :length], *x)  # noqa: E731
+        return str(jax.make_jaxpr(run)(*inputs[:4]))
+
+    assert "pallas_call" not in jaxpr(128)
+    for platform in ("gpu", "tpu"):
+        with backend.compile_for(platform):
+            assert "pallas_call" in jaxpr(128)
+            assert "pallas_call" not in jaxpr(9)
 
 
 @pytest.mark.parametrize(
