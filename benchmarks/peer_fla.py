@@ -11,6 +11,7 @@ one JSON object on the last line of the output: versions, and for each row "ms" 
   gated_delta_step   fused_recurrent_gated_delta_rule with T = 1, as a CUDA graph of 20 steps, else
                      Python's time would be measured
   dynamic_conv       a cuBLAS product for the taps, then shifted sums and SiLU by torch.compile
+  short_conv         causal_conv1d, FLA's Triton version, with SiLU
 
 Times come from CUDA events around batches of calls, after warming up (autotuning included).
 With Triton before 3.7.1 FLA refuses its gated backward on Hopper, whose gradients come out wrong;
@@ -136,6 +137,21 @@ def conv(sizes: dict[str, int], backward: bool) -> float:
         return milliseconds(lambda: forward(u, h, w2, bias))
 
 
+def static_conv(sizes: dict[str, int], backward: bool) -> float:
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    b, t, d, w = (sizes[x] for x in "BTDW")
+    inputs = [normal(b, t, d), normal(d, w)]
+
+    def forward(u, weight):
+        return causal_conv1d(u, weight, activation="silu", backend="triton")[0]
+
+    if backward:
+        return milliseconds(with_gradients(forward, inputs))
+    with torch.no_grad():
+        return milliseconds(lambda: forward(*inputs))
+
+
 def allow_hopper() -> bool:
     """Lifts FLA's refusal where it applies; returns whether it did."""
     triton = tuple(int(x) for x in importlib.metadata.version("triton").split(".")[:3])
@@ -157,6 +173,8 @@ def measure(row: dict[str, Any], lifted: bool) -> dict[str, Any]:
             return {"ms": ms, "note": WRONG if backward and lifted else None}
         if row["op"] == "gated_delta_step":
             return {"ms": step(row["sizes"], row["what"].split()[0]), "note": None}
+        if row["op"] == "short_conv":
+            return {"ms": static_conv(row["sizes"], backward), "note": None}
         return {"ms": conv(row["sizes"], backward), "note": None}
     except torch.cuda.OutOfMemoryError:
         return {"ms": None, "note": "out of memory"}

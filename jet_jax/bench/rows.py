@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import dynamic_conv, gated_delta_rule, gated_delta_step
+from kernels_pallas import dynamic_conv, gated_delta_rule, gated_delta_step, short_conv
 
 CHUNK = 64
 STEPS = 20  # decoding steps of one timed program; a loop would add launches of its own
@@ -222,6 +222,42 @@ class Conv(Row):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class ShortConv(Row):
+    """`short_conv` in bfloat16, with SiLU."""
+
+    backward: bool = False
+    op = "short_conv"
+
+    @property
+    def what(self) -> str:
+        return BOTH if self.backward else FORWARD
+
+    def num_bytes(self) -> int:
+        b, t, d = (self.sizes[x] for x in "BTD")
+        return 2 * b * t * d * (5 if self.backward else 2)  # u v; u dv du
+
+    def flops(self) -> int:
+        return 0  # none that matrix units do
+
+    def inputs(self, key: jax.Array) -> tuple[jax.Array, ...]:
+        b, t, d, w = (self.sizes[x] for x in "BTDW")
+        keys = jax.random.split(key, 3)
+        dv = (_normal(keys[2], b, t, d),) if self.backward else ()
+        return _normal(keys[0], b, t, d), _normal(keys[1], w, d), *dv
+
+    def function(self, implementation: str) -> Function:
+        def forward(u, w):
+            return short_conv(u, w, implementation=implementation)[0]
+
+        return _with_gradients(forward) if self.backward else forward
+
+    def small(self) -> ShortConv:
+        return dataclasses.replace(
+            self, sizes=self.sizes | {"B": 1, "T": min(self.sizes["T"], 500)}
+        )
+
+
 def _with_gradients(forward: Function) -> Function:
     """Adds the gradients of all inputs for a given gradient of the output, the last argument."""
 
@@ -269,4 +305,6 @@ def all_rows(small: bool) -> list[Row]:
     for name, widths in (("conv-2b", CONV_2B), ("conv-4b", CONV_4B)):
         sizes = _sizes(8, 8192, widths, small)
         rows += [Conv(name, sizes), Conv(f"{name}-grad", sizes, backward=True)]
+    sizes = _sizes(8, 8192, {"D": CONV_2B["D"], "W": CONV_2B["W"]}, small)
+    rows += [ShortConv("short-conv", sizes), ShortConv("short-conv-grad", sizes, backward=True)]
     return rows

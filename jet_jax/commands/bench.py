@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     kernels = kinds.add_parser(
         "kernels",
         help=KINDS["kernels"],
-        description="Times the gated delta rule, its decoding step and the dynamic convolution at "
+        description="Times the gated delta rule, its decoding step and the convolutions at "
         "the sizes of Jet-Nemotron-2B and -4B (small ones on a CPU), forward and with gradients, "
         "beside the floor that a copy and a matrix product measured in the same run allow, and "
         "compares results with the token-by-token reference in float32.",
