@@ -23,6 +23,8 @@ class Blocks:
       gradients: the same of the gradient kernel.
       enough: programs of a walk that keep the device busy; with fewer, T is cut into segments.
       programs: programs of a walk to cut it into then.
+      ahead: whether the walk with outputs reads rows one chunk early and V through a product.
+      driver: "pallas" or "triton"; None is the faster one that can be had (drivers.py).
     """
 
     chunks: int = 1
@@ -36,6 +38,8 @@ class Blocks:
     gradients: tuple[int, int] = (8, 2)
     enough: int = 132
     programs: int = 768
+    ahead: bool = False
+    driver: str | None = None
 
 
 GPU = Blocks()  # measured on an H100 at K = 64, 96 and 128
@@ -43,6 +47,7 @@ TPU = Blocks(chunks=8, walk_chunks=8, v_block=0, v_step=0, enough=0)  # compiled
 
 # Largest key width to blocks, H100. A wide state takes the registers that prefetching would.
 BY_KEY_WIDTH = {
+    96: dataclasses.replace(GPU, ahead=True),
     128: GPU,
     192: dataclasses.replace(GPU, walk=(4, 1), states=(4, 2), back=(4, 1)),
     256: dataclasses.replace(GPU, walk=(8, 2), states=(4, 2), back=(8, 2)),
@@ -54,6 +59,32 @@ def find_blocks(platform: str, key_width: int) -> Blocks:
     if platform == "tpu":
         return TPU
     return next(blocks for width, blocks in BY_KEY_WIDTH.items() if key_width <= width)
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonBlocks:
+    """How the work of a kernel of Triton proper is cut.
+
+    Attributes:
+      columns: columns of V a program takes at a time.
+      warps: warps a program.
+      stages: depth of the pipeline of its loop over chunks or columns.
+      registers: registers a thread may use at most; None leaves it to the compiler.
+    """
+
+    columns: int = 64
+    warps: int = 4
+    stages: int = 3
+    registers: int | None = None
+
+
+# By kernel, H100, K 96; what is not here takes the default.
+TRITON = {"gradients": TritonBlocks(warps=8, stages=2)}
+
+
+def find_triton_blocks(kernel: str, key_width: int) -> TritonBlocks:
+    """Returns the blocks of a kernel of Triton proper, by its name and a head's key width."""
+    return TRITON.get(kernel, TritonBlocks())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,9 @@ def _transposed(v: jax.Array, through_product: bool) -> jax.Array:
     return matmul(v, jnp.where(i == j, 1.0, 0.0).astype(v.dtype), TN)
 
 
-def _body(q_ref, k_ref, v_ref, score_refs, gamma_ref, first_ref, out, *, chunks, parts, carried):
+def _body(
+    q_ref, k_ref, v_ref, score_refs, gamma_ref, first_ref, out, *, chunks, parts, carried, ahead
+):
     columns = out.last.shape[0]
 
     if carried:  # the state lies in the output block between programs
@@ -78,9 +80,9 @@ def _body(q_ref, k_ref, v_ref, score_refs, gamma_ref, first_ref, out, *, chunks,
     start_ref = out.last if carried else first_ref
 
     # Triton fetches ahead only what products read. So v takes the way through a product, and rows
-    # come one chunk early by hand: 0.99 -> 0.82 ms (docs/kernels.md). Without the outputs there is
-    # enough to wait for anyway, and both only cost.
-    ahead = out.o is not None and backend.platform() == "gpu" and k_ref.dtype == jnp.bfloat16
+    # come one chunk early by hand: 0.99 -> 0.82 ms at K = 96. A wider state leaves no registers for
+    # it, and without the outputs both only cost.
+    ahead = ahead and out.o is not None and k_ref.dtype == jnp.bfloat16
 
     def chunk(i, carry):
         state, factors = carry
@@ -175,7 +177,11 @@ def walk(
     warps, stages = blocks.walk if kind == "output" else blocks.states
     (out,) = backend.pallas(
         functools.partial(
-            _body, chunks=n, parts=column_parts(key_width), carried=blocks.walk_chunks > 0
+            _body,
+            chunks=n,
+            parts=column_parts(key_width),
+            carried=blocks.walk_chunks > 0,
+            ahead=blocks.ahead,
         ),
         name=f"gated_delta_walk_{kind}",
         grid=(batch, heads, width // columns, count // n),
