@@ -4,7 +4,8 @@
 
 Needs an NVIDIA GPU, torch, flash-linear-attention 0.6.0 (with fla-core) and einops. ROWS.json is a
 list of {"name", "op", "what", "sizes", ...} as `jet-jax bench kernels --json` writes; the answer is
-one JSON object on the last line of the output: versions, and for each row "ms" or a "note".
+one JSON object a line, after each row, the last one whole: versions, and for each row "ms" or a
+"note".
 
   gated_delta_rule   chunk_gated_delta_rule, l2-normalisation in the kernel, no states returned;
                      backward gives the gradients of q, k, v, g and beta
@@ -188,14 +189,15 @@ def main() -> None:
     torch.manual_seed(0)
     rows = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     lifted = allow_hopper()
+    packages = ("torch", "triton", "flash-linear-attention")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    device = torch.cuda.get_device_name()
     results = {}
     for row in rows:
         results[row["name"]] = measure(row, lifted)
         print(row["name"], results[row["name"]], file=sys.stderr, flush=True)
-    packages = ("torch", "triton", "flash-linear-attention")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    device = torch.cuda.get_device_name()
-    print(json.dumps({"device": device, "versions": versions, "rows": results}))
+        report = {"device": device, "versions": versions, "rows": results}
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
