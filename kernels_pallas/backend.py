@@ -52,6 +52,11 @@ def compile_for(name: str, *, interpret: bool = False) -> Iterator[None]:
         yield
 
 
+def is_forced() -> bool:
+    """Whether `compile_for` is in force."""
+    return _forced.value is not None
+
+
 def is_interpreted() -> bool:
     """Whether kernels run in the interpreter."""
     return platform() == "cpu" or (_forced.value is not None and _forced.value[1])

@@ -111,3 +111,25 @@ def test_mistakes_are_told_before_anything_runs(arguments, message, monkeypatch,
     with pytest.raises(SystemExit) as error:
         script("kernels").main()
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_drivers_script_runs_the_kernels_it_names(capsys):
+    drivers = script("drivers")
+    drivers.main([])
+    out = capsys.readouterr().out
+    assert out.startswith("drivers: skipped: driver='triton' cannot run here: kernels are not")
+    assert out.count("\n") == 1
+    with backend.compile_for("gpu"):
+        arrays = jax.eval_shape(lambda: drivers.inputs(1, 128, 2, 96, 64))
+        names = []
+        for name, takes, run in drivers.calls("pallas", 96):
+            names.append(name)
+            assert jax.tree.leaves(jax.eval_shape(run, *arrays[takes]))
+    assert len(set(names)) == 7
+
+
+@pytest.mark.parametrize("wrong", (["--length", "100"], ["--value", "96"]))
+def test_the_drivers_script_refuses_sizes_that_blocks_do_not_divide(capsys, wrong):
+    with pytest.raises(SystemExit):
+        script("drivers").main(wrong)
+    assert "must be a multiple of 64" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Sizes of the kernels' blocks, by platform and shape. `benchmarks/tune_kernels.py` finds them."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -69,22 +70,47 @@ class TritonBlocks:
       columns: columns of V a program takes at a time.
       warps: warps a program.
       stages: depth of the pipeline of its loop over chunks or columns.
-      registers: registers a thread may use at most; None leaves it to the compiler.
+      resident: programs that a multiprocessor runs at once.
+      step: microseconds that those take for a chunk.
     """
 
     columns: int = 64
     warps: int = 4
     stages: int = 3
-    registers: int | None = None
+    resident: int = 1
+    step: float = 1.0
 
 
-# By kernel, H100, K 96; what is not here takes the default.
-TRITON = {"gradients": TritonBlocks(warps=8, stages=2)}
+MULTIPROCESSORS = 132  # of an H100
+# By kernel; steps from K = 96, V = 256. A kernel that is not here has the default.
+TRITON = {
+    "walk output": (TritonBlocks(step=1.6), TritonBlocks(columns=128, warps=8, step=2.6)),
+    "walk back": (TritonBlocks(step=2.1), TritonBlocks(stages=2, resident=2, step=4.0)),
+}
 
 
-def find_triton_blocks(kernel: str, key_width: int) -> TritonBlocks:
-    """Returns the blocks of a kernel of Triton proper, by its name and a head's key width."""
-    return TRITON.get(kernel, TritonBlocks())
+def find_triton_walk(kernel: str, rows: int, width: int) -> TritonBlocks:
+    """Chooses the blocks of a walk: those whose rounds of programs end first.
+
+    Args:
+      kernel: its name in `TRITON`.
+      rows: states, B·HV.
+      width: V, a multiple of 64.
+    """
+
+    def duration(blocks: TritonBlocks) -> float:
+        programs = rows * width // blocks.columns
+        return math.ceil(programs / (MULTIPROCESSORS * blocks.resident)) * blocks.step
+
+    fitting = [x for x in TRITON.get(kernel, (TritonBlocks(),)) if width % x.columns == 0]
+    return min(fitting, key=duration)
+
+
+def find_triton_gradients(key_width: int) -> TritonBlocks:
+    """Returns the blocks of the gradient kernel."""
+    if key_width > 96:
+        return TritonBlocks(stages=2)
+    return TritonBlocks(columns=32)
 
 
 @dataclasses.dataclass(frozen=True)

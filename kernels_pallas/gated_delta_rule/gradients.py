@@ -40,7 +40,9 @@ def _loop(steps, add, sums):
     return add(0, sums) if steps == 1 else jax.lax.fori_loop(0, steps, add, sums)
 
 
-class _Outputs(NamedTuple):
+class Outputs(NamedTuple):
+    """What the kernel writes."""
+
     q: Any
     k: Any
     beta: Any
@@ -174,12 +176,17 @@ def gradients(
         name="gated_delta_gradients",
         grid=(batch, heads, count // n),
         in_specs=[keys, keys, GateRows(*[row] * 5), values, values, values, state, state],
-        out_specs=[_Outputs(dkeys, dkeys, row, row, row, row, row, scalar)],
-        out_shape=[_Outputs(rows, rows, factor, factor, factor, factor, factor, inner)],
+        out_specs=[Outputs(dkeys, dkeys, row, row, row, row, row, scalar)],
+        out_shape=[Outputs(rows, rows, factor, factor, factor, factor, factor, inner)],
         fastest_first=(1, 2, 0),
         num_warps=blocks.gradients[0],
         num_stages=blocks.gradients[1],
     )(q, k, gates, news, dv, do, states, dstates)
+    return finish(gates, out)
+
+
+def finish(gates: GateRows, out: Outputs) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns dq, dk, dg and dβ, the latter two summed up by XLA."""
     dg = decay_gradient(gates, out.pairs, out.from_start, out.to_write, out.inner[..., 0])
     is_written = gates.beta > SMALLEST
     dbeta = out.own / jnp.where(is_written, gates.beta, 1.0)

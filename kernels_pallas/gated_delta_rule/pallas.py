@@ -8,6 +8,8 @@ Kept for the backward pass: the inputs and T (64 values a token and head, named
 "gated_delta_rule_inverse" for remat policies), and one state a segment where T is cut. Y, the
 states (one a chunk) and N live only while the backward pass runs.
 
+Some of them have a twin for Triton proper, which is taken where it is faster (drivers.py).
+
 Where a batch has few heads, T is cut into segments that walk side by side (compose.py); with
 `axis_name` the same composition crosses devices.
 """
@@ -21,15 +23,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import backend
-from kernels_pallas.gated_delta_rule import compose
+from kernels_pallas.gated_delta_rule import compose, drivers
 from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks, find_blocks
 from kernels_pallas.gated_delta_rule.gates import bordered, from_rows, gate_rows
-from kernels_pallas.gated_delta_rule.gradients import gradients
 from kernels_pallas.gated_delta_rule.kernel_math import Scores
 from kernels_pallas.gated_delta_rule.layout import for_kernel
 from kernels_pallas.gated_delta_rule.scores import scores
-from kernels_pallas.gated_delta_rule.walk import walk
-from kernels_pallas.gated_delta_rule.walk_back import walk_back
 from kernels_pallas.segments import segment_ordinals
 
 INVERSE = "gated_delta_rule_inverse"  # the name that remat policies know T by
@@ -44,6 +43,7 @@ class Options(NamedTuple):
     axis_name: str | None
     blocks: Blocks
     segments: int
+    driver: str
 
 
 def gated_delta_rule_pallas(
@@ -68,6 +68,7 @@ def gated_delta_rule_pallas(
     key_width = k.shape[-1]
     platform = backend.platform()
     blocks = find_blocks(platform, key_width) if blocks is None else blocks
+    driver = drivers.choose(blocks, v.dtype, key_width)
 
     ordinals = before = None
     if segment_ids is not None and axis_name is not None:
@@ -87,7 +88,7 @@ def gated_delta_rule_pallas(
     state = jnp.pad(jnp.swapaxes(state, 2, 3), ((0, 0), (0, 0), (0, missing), (0, 0)))
 
     factor = key_width**-0.5 if scale is None else float(scale)
-    options = Options(factor, use_qk_l2norm, axis_name, blocks, segments)
+    options = Options(factor, use_qk_l2norm, axis_name, blocks, segments, driver)
     o, state = _rule(options, q, k, v, g, beta, state)
     o = o.reshape(batch, -1, *o.shape[2:])[:, :length, :, :width]
     if segment_ids is not None:
@@ -150,15 +151,16 @@ def _by_row(x: jax.Array) -> jax.Array:
 
 def _initial_states(options: Options, q, k, v, s: Scores, from_start, state):
     """Returns the state before every segment, the one after all, and the segments' transitions."""
+    run = drivers.kernels(options.driver)
     rows, heads, key_width = v.shape[0], from_start.shape[1], k.shape[-1]
     width = state.shape[2]
     zeros = jnp.zeros((rows, heads, width, key_width), jnp.float32)
-    n = walk("final", q, k, v, s, from_start, zeros, blocks=options.blocks).last
+    n = run.walk("final", q, k, v, s, from_start, zeros, blocks=options.blocks).last
     # M is what the rule makes of the identity when nothing is written.
     unit = -key_width % V_UNIT if options.blocks.v_block else 0
     eye = jnp.pad(jnp.eye(key_width, dtype=jnp.float32), ((0, unit), (0, 0)))
     eye = jnp.broadcast_to(eye, (rows, heads, *eye.shape))
-    x = walk("homogeneous", q, k, v, s, from_start, eye, blocks=options.blocks).last
+    x = run.walk("homogeneous", q, k, v, s, from_start, eye, blocks=options.blocks).last
     x, n = (_by_segment(y, options.segments) for y in (x[:, :, :key_width], n))
     if options.axis_name is None:
         before, last = compose.states_before(x, n, state)
@@ -188,6 +190,7 @@ def _is_split(options: Options) -> bool:
 
 
 def _forward(options: Options, q, k, v, g, beta, state):
+    run = drivers.kernels(options.driver)
     gates = gate_rows(g, beta, CHUNK)
     q, k, v = (for_kernel(x) for x in (q, k, v))
     s = _scores(options, q, k, gates)
@@ -200,7 +203,7 @@ def _forward(options: Options, q, k, v, g, beta, state):
         before, last, x = _initial_states(options, q, k, v, s, from_start, state)
         initial = _by_row(before)
         split = (initial, x)
-    out = walk("output", q, k, v, s, from_start, initial, blocks=options.blocks)
+    out = run.walk("output", q, k, v, s, from_start, initial, blocks=options.blocks)
     last = out.last if last is None else last
     return (for_kernel(out.o), last), (q, k, v, g, beta, state, s.inverse, split)
 
@@ -209,22 +212,23 @@ def _backward(options: Options, residuals, cotangents):
     q, k, v, g, beta, state, inverse, split = residuals
     do, dlast = cotangents
     blocks = options.blocks
+    run = drivers.kernels(options.driver)
     gates = gate_rows(g, beta, CHUNK)
     from_start = gates.from_start
     do = for_kernel(do.astype(v.dtype))
     s = _scores(options, q, k, gates, inverse)
     initial = state if split is None else split[0]
-    walked = walk("states", q, k, v, s, from_start, initial, blocks=blocks)
+    walked = run.walk("states", q, k, v, s, from_start, initial, blocks=blocks)
 
     dfirst = None
     if split is not None:
         dlast, dfirst = _last_gradients(options, q, k, do, s, from_start, dlast, split[1])
-    back = walk_back(q, k, do, s, from_start, dlast, store=True, blocks=blocks)
+    back = run.walk_back(q, k, do, s, from_start, dlast, store=True, blocks=blocks)
     dfirst = back.first if dfirst is None else dfirst
 
     groups = beta.shape[2] // (q.shape[1] if backend.platform() == "tpu" else q.shape[2])
     dtype = q.dtype if groups == 1 else jnp.float32
-    dq, dk, dg, dbeta = gradients(
+    dq, dk, dg, dbeta = run.gradients(
         q,
         k,
         gates,
@@ -251,8 +255,9 @@ def _backward(options: Options, residuals, cotangents):
 
 def _last_gradients(options: Options, q, k, do, s: Scores, from_start, dlast, x):
     """Returns the gradient of the state after every segment, and that of the initial state."""
+    run = drivers.kernels(options.driver)
     zeros = jnp.zeros((do.shape[0], *dlast.shape[1:]), jnp.float32)
-    n = walk_back(q, k, do, s, from_start, zeros, store=False, blocks=options.blocks).first
+    n = run.walk_back(q, k, do, s, from_start, zeros, store=False, blocks=options.blocks).first
     n = _by_segment(n, options.segments)
     if options.axis_name is None:
         after, first = compose.gradients_after(x, n, dlast)
