@@ -47,7 +47,7 @@ def launch(
     grid: tuple[int, ...],
     name: str,
     tile: TritonBlocks,
-    **constants: float,
+    **constants: int | float,
 ) -> Any:
     """Calls a Triton kernel.
 

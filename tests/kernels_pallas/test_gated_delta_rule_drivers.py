@@ -189,7 +189,7 @@ def test_the_gradient_kernel_compiles_for_an_h100(key_width):
     gates = GateRows(*[shape(1, 4, 4, 64, dtype=jnp.float32)] * 5)
     states = shape(1, 4, 4, 128, key_width)
     arrays = keys, keys, gates, values, values, values, states, states
-    run, options = drivers.kernels("triton").gradients, dict(blocks=None, scale=0.1)
+    run, options = drivers.kernels("triton").gradients, dict(blocks=blocks.Blocks(), scale=0.1)
     for norm, dtype in ((True, "bfloat16"), (False, "float32")):
         call = lambda *a, x=(norm, dtype): run(  # noqa: E731
             *a, use_qk_l2norm=x[0], dtype=jnp.dtype(x[1]), **options
