@@ -49,13 +49,18 @@ class Rows(NamedTuple):
 def read_rows(refs: Scores, gamma_ref: Any, i: Any) -> Rows:
     """Reads the row factors of chunk `i`."""
     row = pl.ds(i, 1)
-    factors = (None if ref is None else ref[row, :] for ref in refs[2:])
-    return Rows(*factors, gamma_ref[row, CHUNK - 1 : CHUNK])
+    return Rows(
+        refs.read_k[row, :],
+        None if refs.read_q is None else refs.read_q[row, :],
+        refs.write[row, :],
+        gamma_ref[row, CHUNK - 1 : CHUNK],
+    )
 
 
 def with_matrices(refs: Scores, span: Any, rows: Rows) -> Scores:
     """Reads T and Y of the chunk of rows `span`, and joins them with its row factors."""
-    return Scores(*(None if ref is None else ref[span, :] for ref in refs[:2]), *rows[:3])
+    scores = None if refs.scores is None else refs.scores[span, :]
+    return Scores(refs.inverse[span, :], scores, rows.read_k, rows.read_q, rows.write)
 
 
 def _transposed(v: jax.Array, through_product: bool) -> jax.Array:
