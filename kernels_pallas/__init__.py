@@ -1,7 +1,8 @@
-"""The operations of Jet-Nemotron's linear attention, each with several implementations."""
+"""The operations of linear attention layers, each with several implementations."""
 
 from kernels_pallas.dynamic_conv import dynamic_conv
 from kernels_pallas.gated_delta_rule import gated_delta_rule, gated_delta_step
+from kernels_pallas.linear_attention import linear_attention, linear_attention_step
 from kernels_pallas.segments import (
     segment_ordinals,
     segment_positions,
@@ -14,6 +15,8 @@ __all__ = [
     "dynamic_conv",
     "gated_delta_rule",
     "gated_delta_step",
+    "linear_attention",
+    "linear_attention_step",
     "segment_ordinals",
     "segment_positions",
     "segment_starts",
