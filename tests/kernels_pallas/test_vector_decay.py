@@ -133,5 +133,5 @@ def test_borders_stand_at_the_first_tokens_of_later_segments():
 def test_only_arguments_are_kept_for_the_gradient():
     reads, writes, g, _ = make("mild")
     kept = jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(OURS, *x)[1], reads, writes, g))
-    distinct = {(x.shape, x.dtype) for x in kept if x.ndim}
-    assert distinct <= {(x.shape, x.dtype) for x in (reads, writes, g)}
+    allowed = sum(x.size for x in (reads, writes, g)) + len(BEFORE)
+    assert sum(x.size for x in kept) <= allowed
