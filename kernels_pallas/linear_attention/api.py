@@ -8,8 +8,9 @@ from kernels_pallas.checks import check_array, check_same_dtype, check_segment_i
 from kernels_pallas.dispatch import dispatch
 from kernels_pallas.linear_attention.reference import linear_attention_reference
 from kernels_pallas.linear_attention.step import step_reference, step_xla
+from kernels_pallas.linear_attention.xla import linear_attention_xla
 
-CHUNK = {"reference": linear_attention_reference}
+CHUNK = {"xla": linear_attention_xla, "reference": linear_attention_reference}
 STEP = {"xla": step_xla, "reference": step_reference}
 
 
@@ -63,7 +64,12 @@ def linear_attention(
     linear attention, arXiv:2312.06635, equation 3).
 
     Differentiable in q, k, v, g and initial_state, through both outputs. Sums are kept in float32
-    whatever the inputs; float32 inputs are multiplied in full float32.
+    whatever the inputs; float32 inputs are multiplied in full float32. With bfloat16 inputs "xla"
+    multiplies bfloat16 operands; "reference" multiplies in float32.
+
+    Memory kept for the backward pass: "reference" keeps a state a token (K·V values a head); "xla"
+    keeps its inputs alone, and rebuilds one state a chunk (K·V / chunk_size values a token and
+    head) while the backward pass runs.
 
     Args:
       q: queries [B, T, H, K].
@@ -81,8 +87,8 @@ def linear_attention(
       state_dtype: dtype of the returned state; inside it is float32.
       chunk_size: tokens a chunk, a power of two from 16 to 256.
       axis_name: mesh axis over which T is split; no implementation takes it yet.
-      implementation: "reference" (token by token), or None for the fastest that supports the
-        arguments. A named one never falls back.
+      implementation: "reference" (token by token), "xla" (chunks), or None for the fastest that
+        supports the arguments. A named one never falls back.
 
     Returns:
       o [B, T, HV, V] in v's dtype, and the state [B, HV, K, V] after the last real token.

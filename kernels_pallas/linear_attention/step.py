@@ -16,10 +16,8 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def key_decay(
-    g: Float[Array, "*B HV"] | Float[Array, "*B HV K"] | None,
-    k: Float[Array, "*B HV K"],
-    dtype: jnp.dtype,
-) -> Float[Array, "*B HV 1"] | Float[Array, "*B HV K"]:
+    g: Float[Array, "..."] | None, k: Float[Array, "*B HV K"], dtype: jnp.dtype
+) -> Float[Array, "*B HV #K"]:
     """Returns log decays that broadcast against keys, in `dtype`; None becomes zeros."""
     if g is None:
         return jnp.zeros((*k.shape[:-1], 1), dtype)
@@ -31,7 +29,7 @@ def update_state(
     q: Float[Array, "B HV K"],
     k: Float[Array, "B HV K"],
     v: Float[Array, "B HV V"],
-    g: Float[Array, "B HV K"] | Float[Array, "B HV 1"],
+    g: Float[Array, "B HV #K"],
 ) -> tuple[Float[Array, "B HV K V"], Float[Array, "B HV V"]]:
     """Decays, writes, then reads the state (equations above); all in one dtype."""
     state = jnp.exp(g)[..., None] * state + k[..., :, None] * v[..., None, :]
