@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import kernel_oracles as oracle
 import numpy as np
-from gated_delta_inputs import SEGMENTS, error, platform_of
+from gated_delta_inputs import error, platform_of
 
 from kernels_pallas import linear_attention
 
@@ -23,7 +23,6 @@ DECAYS = {
     "one a channel, of every size": ("channel", 1e-5, 100.0),
     "slow channels beside fast ones": ("slow and fast", 1e-5, 100.0),
 }
-__all__ = ["SEGMENTS", "error"]
 
 
 def make(decay, dtype=jnp.float32, sizes=(3, 150, 2, 4, 8, 12)):
