@@ -14,8 +14,9 @@ from kernels_pallas.checks import (
 from kernels_pallas.dispatch import dispatch
 from kernels_pallas.kda.reference import kda_reference
 from kernels_pallas.kda.step import step_reference, step_xla
+from kernels_pallas.kda.xla import kda_xla
 
-CHUNK = {"reference": kda_reference}
+CHUNK = {"xla": kda_xla, "reference": kda_reference}
 STEP = {"xla": step_xla, "reference": step_reference}
 
 
@@ -46,7 +47,12 @@ def kda(
     decay a key channel.
 
     Differentiable in q, k, v, g, beta and initial_state, through both outputs. Sums are kept in
-    float32 whatever the inputs; float32 inputs are multiplied in full float32.
+    float32 whatever the inputs; float32 inputs are multiplied in full float32. With bfloat16 inputs
+    "xla" multiplies bfloat16 operands where the state is one of them, "reference" float32 ones.
+
+    Memory kept for the backward pass: "reference" keeps a state a token (K·V values a head); "xla"
+    keeps its inputs and `chunk_size` float32 values a token and value head (named
+    "kda_inverse" for remat policies), and rebuilds one state a chunk while the backward pass runs.
 
     Args:
       q: queries [B, T, H, K].
@@ -65,8 +71,8 @@ def kda(
       state_dtype: dtype of the returned state; inside it is float32.
       chunk_size: tokens a chunk, a power of two from 16 to 256.
       axis_name: mesh axis over which T is split; no implementation takes it.
-      implementation: "reference" (token by token), or None for the fastest that supports the
-        arguments. A named one never falls back.
+      implementation: "reference" (token by token), "xla" (chunks), or None for the fastest that
+        supports the arguments. A named one never falls back.
 
     Returns:
       o [B, T, HV, V] in v's dtype, and the state [B, HV, K, V] after the last real token.

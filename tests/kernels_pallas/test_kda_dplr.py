@@ -7,6 +7,7 @@ import pytest
 from gated_delta_inputs import SEGMENTS, error
 from vector_delta import (
     CASES,
+    OPS,
     STEPS,
     assert_close,
     forward,
@@ -15,7 +16,7 @@ from vector_delta import (
     outputs_and_gradients,
 )
 
-IMPLEMENTATIONS = ["reference"]
+IMPLEMENTATIONS = ["reference", "xla"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -68,3 +69,35 @@ def test_state_is_handed_over_at_any_split(op, implementation):
         right, last = forward(op, (*inputs[:-1], middle), 1 - left_ids, implementation, 64)
         assert error(left + right, whole) < 2e-6
         assert error(last, state) < 2e-6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op", ["kda", "dplr"])
+def test_padding_and_other_documents_leave_no_trace(op, implementation):
+    inputs, cotangents = make(op, decay=(0.0, 0.0))
+    got = outputs_and_gradients(op, inputs, SEGMENTS, cotangents, implementation, 64)
+    for x in (got[0], *got[2:-1]):
+        assert not np.asarray(x)[SEGMENTS == 0].any()
+    np.testing.assert_array_equal(got[1][2], inputs[-1][2])
+    # A document is the same bit for bit whatever the one before it holds.
+    before = (SEGMENTS == 1)[..., None, None]
+    other = [jnp.where(before, 3 * x, x) for x in inputs[:3]]
+    again = forward(op, (*other, *inputs[3:]), SEGMENTS, implementation, 64)
+    later = SEGMENTS > 1
+    np.testing.assert_array_equal(np.asarray(again[0])[later], np.asarray(got[0])[later])
+    np.testing.assert_array_equal(again[1], got[1])
+
+
+@pytest.mark.parametrize("op", ["kda", "dplr"])
+def test_defaults_and_own_scale(op):
+    (q, k, *rest), cotangents = make(op, alike=0.5)
+    *rest, state = rest
+    expected = oracle(op, (q, k, *rest, 0 * state), None, cotangents)[0]
+    k = k / np.linalg.norm(k, axis=-1, keepdims=True) if op == "kda" else k
+    q = q / np.linalg.norm(q, axis=-1, keepdims=True) if op == "kda" else q
+    o, last = jax.jit(lambda *x: OPS[op](*x, state_dtype=jnp.bfloat16))(q, k, *rest)
+    assert error(o, expected) < 2e-6 and last.dtype == jnp.bfloat16
+    half, _ = jax.jit(
+        lambda *x: OPS[op](*x, scale=0.25 * (q.shape[-1] ** -0.5 if op == "kda" else 1))
+    )(q, k, *rest)
+    assert error(4 * half, expected) < 2e-6
