@@ -12,10 +12,12 @@ M g is a product with zeros and ones, so nothing is subtracted and nothing cance
 not depend on each other but for the sum over them in the scores: a kernel takes a few at a time.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas.backend import NN, NT, TN, matmul
 from kernels_pallas.gated_delta_rule.kernel_math import indices
@@ -27,56 +29,57 @@ def split_high_low(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def sum_rows(mask: jax.Array, x: jax.Array, operands: jnp.dtype) -> jax.Array:
+def sum_rows(mask: jax.Array, x: jax.Array) -> jax.Array:
     """Sums for every row t the rows of x that mask[t] selects.
 
     Args:
-      mask: [C, C] boolean.
+      mask: [C, C] zeros and ones. In bfloat16 x is split in two and summed to 1e-5; in float32 to
+        float32 accuracy.
       x: [C, k] float32.
-      operands: dtype of the chunk's other products: with bfloat16, x is split in two and summed to
-        1e-5; with float32, to float32 accuracy.
 
     Returns:
       [C, k] float32.
     """
-    ones = jnp.where(mask, 1.0, 0.0)
-    if operands == jnp.float32:
-        return matmul(ones, x)
-    ones = ones.astype(jnp.bfloat16)
+    if mask.dtype == jnp.float32:
+        return matmul(mask, x)
     high, low = split_high_low(x)
-    return matmul(ones, low) + matmul(ones, high)
+    return matmul(mask, low) + matmul(mask, high)
 
 
-class Level(NamedTuple):
-    """Which rows belong together at one level, [C, C] boolean."""
+class Masks(NamedTuple):
+    """Which rows a factor spans: zeros and ones, [C, C], of a row's factor by the rows it sums.
 
-    covers: jax.Array  # row t's factor spans row i
-    covered_by: jax.Array  # its transpose
-    pairs: jax.Array  # row t reads here what row j has written
+    The same structure holds arrays, references to them in a kernel, and block specs: made once
+    outside the kernel they cost a load, made inside they would cost its registers.
+    """
+
+    through: Any  # of e^{G_t}: row t spans i <= t
+    through_by: Any  # its transpose
+    after: Any  # of e^{G_C − G_j}: row j spans i > j
+    after_by: Any
+    covers: Any  # M of all levels, [log2 C, C, C]
+    covers_by: Any
+    pairs: Any  # 1 where row t reads at this level what row j has written, likewise
 
 
-def level_of(size: int, level: jax.Array | int, *, before: bool = False) -> Level:
-    """Makes the masks of a level, whose blocks have 2^level rows.
+def decay_masks(size: int, dtype: jnp.dtype, *, before: bool = False) -> Masks:
+    """Makes the masks of chunks of `size` rows, a power of two.
 
     Args:
       size: C.
-      level: 0 to log2(C) - 1, may be traced.
-      before: for reads that see the state before their own row's decay (i < t where rows read).
+      dtype: dtype of the products' operands.
+      before: for reads that see the state before their own row's decay (i < t where a row reads).
     """
-    i, j = indices(size)
-
-    def covers(t, i):
+    t, i = np.ogrid[:size, :size]
+    until = i < t if before else i <= t
+    covers, pairs = [], []
+    for level in range(size.bit_length() - 1):
         same, odd = (t >> level) == (i >> level), ((t >> level) & 1) == 1
-        until = i < t if before else i <= t
-        return same & ((odd & until) | (~odd & (i > t)))
-
-    pairs = ((i >> level) == (j >> level) + 1) & (((i >> level) & 1) == 1)
-    return Level(covers(i, j), covers(j, i), pairs)
-
-
-def levels(size: int) -> int:
-    """Returns the number of levels of C rows, a power of two."""
-    return size.bit_length() - 1
+        covers.append(same & np.where(odd, until, i > t))
+        pairs.append(((t >> level) == (i >> level) + 1) & odd)
+    transposed = [x.T for x in covers]
+    masks = Masks(until, until.T, i > t, i < t, *map(np.stack, (covers, transposed, pairs)))
+    return Masks(*(jnp.asarray(x, dtype) for x in masks))
 
 
 class Ends(NamedTuple):
@@ -87,39 +90,37 @@ class Ends(NamedTuple):
     whole: jax.Array
 
 
-def end_factors(g: jax.Array, operands: jnp.dtype) -> Ends:
-    """Computes e^{G_t}, e^{G_C − G_j} and e^{G_C} of log decays [C, k]."""
-    i, j = indices(g.shape[0])
+def end_factors(g: jax.Array, masks: Masks) -> Ends:
+    """Computes e^{G_t}, e^{G_C − G_j} and e^{G_C} of log decays [C, k] float32."""
     return Ends(
-        jnp.exp(sum_rows(j <= i, g, operands)),
-        jnp.exp(sum_rows(j > i, g, operands)),
+        jnp.exp(sum_rows(masks.through[...], g)),
+        jnp.exp(sum_rows(masks.after[...], g)),
         jnp.exp(jnp.sum(g, axis=0)[None, :]),
     )
 
 
-def channel_scores(q: jax.Array, k: jax.Array, g: jax.Array, operands: jnp.dtype) -> jax.Array:
+def channel_scores(q: jax.Array, k: jax.Array, g: jax.Array, masks: Masks) -> jax.Array:
     """Computes some channels' share of the scores q_tᵀ e^{G_t − G_j} k_j, j <= t.
 
     Args:
       q: query rows [C, k] float32.
       k: key rows likewise.
       g: log decays likewise.
-      operands: dtype of the products' operands.
+      masks: of the chunk, in the dtype of the products' operands.
 
     Returns:
       [C, C] float32, zero above the diagonal.
     """
-    size = g.shape[0]
-    i, j = indices(size)
+    i, j = indices(g.shape[0])
 
     def add(level, total):
-        at = level_of(size, level)
-        factor = jnp.exp(sum_rows(at.covers, g, operands))
-        products = matmul((q * factor).astype(operands), (k * factor).astype(operands), NT)
-        return total + jnp.where(at.pairs, products, 0.0)
+        factor = jnp.exp(sum_rows(masks.covers[level], g))
+        pairs = masks.pairs[level]
+        products = matmul((q * factor).astype(pairs.dtype), (k * factor).astype(pairs.dtype), NT)
+        return total + products * pairs.astype(jnp.float32)
 
     own = jnp.where(i == j, jnp.sum(q * k, axis=1)[:, None], 0.0)
-    return jax.lax.fori_loop(0, levels(size), add, own)
+    return jax.lax.fori_loop(0, masks.covers.shape[0], add, own)
 
 
 class ChannelGradients(NamedTuple):
@@ -131,46 +132,43 @@ class ChannelGradients(NamedTuple):
 
 
 def channel_gradients(
-    q: jax.Array,
-    k: jax.Array,
-    g: jax.Array,
+    rows: Callable[[], tuple[jax.Array, jax.Array, jax.Array]],
     dscores: jax.Array,
     dread: jax.Array,
     dwrite: jax.Array,
     dwhole: jax.Array,
-    operands: jnp.dtype,
+    masks: Masks,
 ) -> ChannelGradients:
     """Computes the gradients of some channels' queries, keys and log decays.
 
     A log decay's gradient sums the gradients of the logarithms of all factors that span its row.
 
     Args:
-      q: query rows [C, k] float32.
-      k: key rows likewise.
-      g: log decays likewise.
-      dscores: gradient of the scores [C, C] float32; not used above the diagonal.
+      rows: gives queries, keys and log decays [C, k] float32; called at every level, so that a
+        kernel need not hold them.
+      dscores: gradient of the scores [C, C], zero above the diagonal, in the operands' dtype.
       dread: gradient of q e^G, [C, k] float32.
       dwrite: gradient of k e^{G_C − G}, likewise.
       dwhole: gradient of e^{G_C}, [1, k] float32.
-      operands: dtype of the products' operands.
+      masks: of the chunk, in the dtype of the products' operands.
     """
-    size = g.shape[0]
-    i, j = indices(size)
-    ends = end_factors(g, operands)
-    own = jnp.sum(jnp.where(i == j, dscores, 0.0), axis=1)[:, None]
+    i, j = indices(dscores.shape[0])
+    own = jnp.where(i == j, dscores.astype(jnp.float32), 0.0)
+    own = jnp.sum(own, axis=1)[:, None]
+    q, k, g = rows()
+    ends = end_factors(g, masks)
     dq, dk = ends.from_start * dread, ends.to_end * dwrite
-    # Row l lies in the span of e^{G_t} for t >= l, and in that of e^{G_C − G_j} for j < l.
-    dg = sum_rows(j >= i, q * dq, operands) + sum_rows(j < i, k * dk, operands)
+    dg = sum_rows(masks.through_by[...], q * dq) + sum_rows(masks.after_by[...], k * dk)
     sums = dq + own * k, dk + own * q, dg + ends.whole * dwhole
 
     def add(level, sums):
         dq, dk, dg = sums
-        at = level_of(size, level)
-        factor = jnp.exp(sum_rows(at.covers, g, operands))
-        pairs = jnp.where(at.pairs, dscores, 0.0).astype(operands)
-        by_q = factor * matmul(pairs, (k * factor).astype(operands), NN)
-        by_k = factor * matmul(pairs, (q * factor).astype(operands), TN)
-        dg = dg + sum_rows(at.covered_by, q * by_q + k * by_k, operands)
+        q, k, g = rows()
+        factor = jnp.exp(sum_rows(masks.covers[level], g))
+        pairs = masks.pairs[level] * dscores
+        by_q = factor * matmul(pairs, (k * factor).astype(pairs.dtype), NN)
+        by_k = factor * matmul(pairs, (q * factor).astype(pairs.dtype), TN)
+        dg = dg + sum_rows(masks.covers_by[level], q * by_q + k * by_k)
         return dq + by_q, dk + by_k, dg
 
-    return ChannelGradients(*jax.lax.fori_loop(0, levels(size), add, sums))
+    return ChannelGradients(*jax.lax.fori_loop(0, masks.covers.shape[0], add, sums))

@@ -1,7 +1,5 @@
 """The kernels' mathematics of decays per key channel on values, against vector_decay in float64."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +9,8 @@ from kernels_pallas.vector_decay import decay_factors, pair_scores
 from kernels_pallas.vector_decay_math import (
     channel_gradients,
     channel_scores,
+    decay_masks,
     end_factors,
-    level_of,
-    levels,
     sum_rows,
 )
 
@@ -69,19 +66,26 @@ def expected(q, k, g, *cotangents):
 @pytest.mark.parametrize("decay", DECAYS)
 def test_scores_and_gradients(decay, operands):
     arrays = make(decay)
-    scores = functools.partial(channel_scores, operands=jnp.dtype(operands))
-    gradients = functools.partial(channel_gradients, operands=jnp.dtype(operands))
+    masks = decay_masks(CHUNK, jnp.dtype(operands))
+
+    @jax.jit
+    def run(q, k, g, dscores, *cotangents):
+        dscores = dscores.astype(operands)
+        gradients = channel_gradients(lambda: (q, k, g), dscores, *cotangents, masks)
+        return channel_scores(q, k, g, masks), gradients
+
+    scores, gradients = run(*arrays)
     want_scores, want_gradients = expected(*arrays)
     limit_scores, limit_gradients = LIMITS[operands]
-    assert relative(jax.jit(scores)(*arrays[:3]), want_scores) < limit_scores
-    for x, y in zip(jax.jit(gradients)(*arrays), want_gradients, strict=True):
+    assert relative(scores, want_scores) < limit_scores
+    for x, y in zip(gradients, want_gradients, strict=True):
         assert np.isfinite(x).all()
         assert relative(x, y) < limit_gradients
 
 
 def test_factors_of_the_ends():
     g = jnp.asarray(make("of every size")[2])
-    got, want = end_factors(g, jnp.dtype("float32")), decay_factors(g)
+    got, want = end_factors(g, decay_masks(CHUNK, jnp.dtype("float32"))), decay_factors(g)
     np.testing.assert_allclose(got.from_start, want.from_start, rtol=1e-5, atol=1e-30)
     np.testing.assert_allclose(got.to_end, want.to_end, rtol=1e-5, atol=1e-30)
     np.testing.assert_allclose(got.whole[0], want.whole, rtol=1e-5, atol=1e-30)
@@ -89,21 +93,25 @@ def test_factors_of_the_ends():
 
 @pytest.mark.parametrize("before", [False, True])
 def test_every_pair_meets_once_and_its_spans_add_up(before):
+    masks = decay_masks(CHUNK, jnp.dtype("float32"), before=before)
     met = np.zeros((CHUNK, CHUNK))
     t, j, i = np.ogrid[:CHUNK, :CHUNK, :CHUNK]
-    for level in range(levels(CHUNK)):
-        at = level_of(CHUNK, level, before=before)
-        np.testing.assert_array_equal(at.covered_by, np.asarray(at.covers).T)
-        covers, pairs = np.asarray(at.covers), np.asarray(at.pairs)
+    span = (i > j) & ((i < t) if before else (i <= t))
+    for covers, covers_by, pairs in zip(masks.covers, masks.covers_by, masks.pairs, strict=True):
+        np.testing.assert_array_equal(covers_by, covers.T)
         met += pairs
-        both = covers[:, None, :].astype(int) + covers[None, :, :]
-        span = (i > j) & ((i < t) if before else (i <= t))
+        pairs = np.asarray(pairs, bool)
+        both = np.asarray(covers)[:, None, :] + np.asarray(covers)[None, :, :]
         np.testing.assert_array_equal(both[pairs], span[pairs])
     np.testing.assert_array_equal(met, np.tril(np.ones_like(met), -1))
+    np.testing.assert_array_equal(masks.through, np.tri(CHUNK, k=-before))
+    np.testing.assert_array_equal(masks.after, 1 - np.tri(CHUNK))
+    np.testing.assert_array_equal(masks.through_by, masks.through.T)
+    np.testing.assert_array_equal(masks.after_by, masks.after.T)
 
 
 @pytest.mark.parametrize(("operands", "limit"), [("float32", 1e-6), ("bfloat16", 1e-5)])
 def test_sums_of_rows_keep_more_than_their_operands(operands, limit):
     x = make("mild")[2]
-    got = sum_rows(jnp.tri(CHUNK, dtype=bool), jnp.asarray(x), jnp.dtype(operands))
+    got = sum_rows(jnp.tri(CHUNK, dtype=jnp.dtype(operands)), jnp.asarray(x))
     np.testing.assert_allclose(got, np.cumsum(x.astype(np.float64), axis=0), rtol=limit)
