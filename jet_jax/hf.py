@@ -132,8 +132,8 @@ def load(
       directory: a directory with config.json and weights, of a model type that
         `ModelConfig.from_hf` supports.
       dtype: "bfloat16" or "float32": dtype of the weights and of the computation. None keeps the
-        stored dtypes and computes in the dtype of the config. `A_log` and `dt_bias` are float32 in
-        every case.
+        stored dtypes and computes in the dtype of the config. `A_log`, `dt_bias` and Mamba2's `D`
+        are float32 in every case.
       mesh: the mesh that the weights are spread over, by `sharding.RULES`; None puts all of them
         on the default device.
 

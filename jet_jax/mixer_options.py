@@ -2,7 +2,7 @@
 
 Each has `check`, `param_count`, `matmul_params`, `cache_bytes` and `mixing_flops`, from which the
 model's own counts follow. Attention and the JetBlock are here, the other recurrent mixers in
-`recurrent_options` and `delta_options`. `OPTIONS` maps a layer type to its class.
+`linear_options`, `delta_options` and `rwkv7_options`. `OPTIONS` maps a layer type to its class.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jet_jax.delta_options import DeltaNetOptions, GDNOptions, KDAOptions, RWKV7Options
+from jet_jax.delta_options import DeltaNetOptions, GDNOptions, KDAOptions
+from jet_jax.linear_options import GLAOptions, Mamba2Options, RetNetOptions
 from jet_jax.option_checks import MixerOptions, require, require_positive
-from jet_jax.recurrent_options import GLAOptions, Mamba2Options, RetNetOptions
+from jet_jax.rwkv7_options import RWKV7Options
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 

@@ -28,7 +28,7 @@ from jet_jax.params import split
 
 # Not cast: gates that need float32, and the two weights that are cast where they are used. The
 # embedding's gradient is a scatter-add over tokens, which bfloat16 would round at every addition.
-KEEP_FLOAT32 = r"(^|\.)(A_log|dt_bias|embed_tokens\.embedding|lm_head\.kernel)$"
+KEEP_FLOAT32 = r"(^|\.)(A_log|dt_bias|D|embed_tokens\.embedding|lm_head\.kernel)$"
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]

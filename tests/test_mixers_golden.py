@@ -77,20 +77,30 @@ class Recording:
         )
         index = given.get("layer_idx", 0)
         self.options = self.config.options(self.kind)
-        self.mixer = MIXERS[self.kind](
-            self.config, self.options, rngs=nnx.Rngs(0), place=Place(index, index == 0)
+        place = Place(index, index == 0)
+        # Shapes alone: all weights are loaded.
+        self.mixer = nnx.eval_shape(
+            lambda: MIXERS[self.kind](self.config, self.options, rngs=nnx.Rngs(0), place=place)
         )
         load_mixer(self.mixer, self.weights)
+        self.graphdef, self.params = split(self.mixer)
+        self.x = jnp.asarray(self.arrays["x"])
+        self.run = jax.jit(lambda params, *args: nnx.merge(self.graphdef, params)(*args)[:2])
 
-    def context(self, rows, length):
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+    def context(self, start, stop, real=None):
+        """Tokens start … stop-1 of each row, of which the first `real` are no padding."""
+        rows, at = self.x.shape[0], jnp.arange(start, stop, dtype=jnp.int32)
+        at = jnp.broadcast_to(at, (rows, stop - start))
         v_first = self.arrays.get("v_first")
-        shared = {} if v_first is None else {"v_first": jnp.asarray(v_first)}
-        return Context(None, positions, jnp.zeros(rows, jnp.int32), shared)
+        shared = {} if v_first is None else {"v_first": jnp.asarray(v_first)[:, start:stop]}
+        segment_ids = None if real is None else (at - start < real).astype(jnp.int32)
+        return Context(segment_ids, at, jnp.full(rows, start, jnp.int32), shared)
 
-    def empty_state(self, rows):
-        size = self.config.hidden_size
-        return RecurrentState.init(self.options, size, rows, 0, jnp.float32, jnp.float32)
+    def prefill(self, real):
+        """Outputs and state of a prefill of the first `real` tokens, the others being padding."""
+        size, (rows, length) = self.config.hidden_size, self.x.shape[:2]
+        empty = RecurrentState.init(self.options, size, rows, 0, jnp.float32, jnp.float32)
+        return self.run(self.params, self.x, self.context(0, length, real), empty)
 
 
 @pytest.fixture(
@@ -106,67 +116,52 @@ def relative(ours, expected):
     return np.linalg.norm(ours - expected) / np.linalg.norm(expected)
 
 
-def test_output_gradients_and_state(recording):
-    """y and the final state by prefilling an empty state, gradients by training on whole rows."""
+def test_output_and_gradients(recording):
+    """Training on whole rows."""
     arrays = recording.arrays
-    graphdef, params = split(recording.mixer)
-    x, r = jnp.asarray(arrays["x"]), jnp.asarray(arrays["grad_r"])
-    ctx = recording.context(*x.shape[:2])
+    r, ctx = jnp.asarray(arrays["grad_r"]), recording.context(0, recording.x.shape[1])
 
     @jax.jit
     def gradients(params, x, shared):
         def loss(params, x, shared):
-            context = Context(None, ctx.positions, None, shared)
-            y, state, _ = nnx.merge(graphdef, params)(x, context)
+            mixer = nnx.merge(recording.graphdef, params)
+            y, state, _ = mixer(x, Context(None, ctx.positions, None, shared))
             assert state is None
             return jnp.sum(y * r), y
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(params, x, shared)
 
-    @jax.jit
-    def prefill(params, x, state, ctx):
-        y, state, _ = nnx.merge(graphdef, params)(x, ctx, state)
-        return y, state.recurrent
-
-    (of_params, of_x, of_shared), y = gradients(params, x, ctx.shared)
-    filled, final = prefill(params, x, recording.empty_state(x.shape[0]), ctx)
+    (of_params, of_x, of_shared), y = gradients(recording.params, recording.x, ctx.shared)
     assert relative(y, arrays["y"]) <= Y
-    assert relative(filled, arrays["y"]) <= Y
-    assert relative(final, arrays["final_state"]) <= STATE
     assert relative(of_x, arrays["grad_x"]) <= GRAD_X
     if "grad_v_first" in arrays:
         assert relative(of_shared["v_first"], arrays["grad_v_first"]) <= GRAD_X
     checked = [key for key in arrays if key.startswith("grad_w/")]
     assert checked
     # A module with the gradients for weights translates their names.
-    named = mixer_state_dict(nnx.merge(graphdef, of_params))
+    named = mixer_state_dict(nnx.merge(recording.graphdef, of_params))
     for key in checked:
         name = key.removeprefix("grad_w/")
         assert relative(named[name], arrays[key]) <= GRAD_W, name
 
 
+def test_state_after_the_last_token(recording):
+    """A prefill of an empty state."""
+    arrays = recording.arrays
+    y, state = recording.prefill(recording.x.shape[1])
+    assert relative(y, arrays["y"]) <= Y
+    assert relative(state.recurrent, arrays["final_state"]) <= STATE
+
+
 def test_single_steps_continue_a_prefill(recording):
     """The last tokens one at a time: the same outputs and the same final state."""
-    arrays, steps = recording.arrays, 5
-    graphdef, params = split(recording.mixer)
-    x = jnp.asarray(arrays["x"])
-    rows, length = x.shape[:2]
-    whole = recording.context(rows, length)
-
-    @jax.jit
-    def run(params, x, state, ctx):
-        return nnx.merge(graphdef, params)(x, ctx, state)[:2]
-
-    def part(start, stop):
-        shared = {name: array[:, start:stop] for name, array in whole.shared.items()}
-        lengths = jnp.full(rows, start, jnp.int32)
-        return Context(None, whole.positions[:, start:stop], lengths, shared)
-
-    first = length - steps
-    _, state = run(params, x[:, :first], recording.empty_state(rows), part(0, first))
+    arrays, length = recording.arrays, recording.x.shape[1]
+    first = length - 5
+    _, state = recording.prefill(first)
     outputs = []
     for t in range(first, length):
-        y, state = run(params, x[:, t : t + 1], state, part(t, t + 1))
+        here = recording.context(t, t + 1)
+        y, state = recording.run(recording.params, recording.x[:, t : t + 1], here, state)
         outputs.append(y)
     assert relative(jnp.concatenate(outputs, axis=1), arrays["y"][:, first:]) <= 2 * Y
     assert relative(state.recurrent, arrays["final_state"]) <= STATE

@@ -21,11 +21,11 @@ from jaxtyping import Array, Float
 
 from jet_jax.cache import RecurrentState
 from jet_jax.config import ModelConfig
+from jet_jax.linear_options import GLAOptions
 from jet_jax.mixers.context import FIRST_LAYER, Context, Place
 from jet_jax.mixers.low_rank import LowRank
 from jet_jax.mixers.retnet import MultiScaleRetention
 from jet_jax.models.linear import formats
-from jet_jax.recurrent_options import GLAOptions
 
 
 class GatedLinearAttention(MultiScaleRetention):

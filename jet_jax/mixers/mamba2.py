@@ -22,13 +22,13 @@ from jaxtyping import Array, Float
 
 from jet_jax.cache import RecurrentState
 from jet_jax.config import ModelConfig
+from jet_jax.linear_options import Mamba2Options
 from jet_jax.mixers.context import FIRST_LAYER, Context, Place
 from jet_jax.mixers.decay import initial_a_log, initial_dt_bias
 from jet_jax.mixers.recurrence import recur
 from jet_jax.mixers.short_conv import ShortConv, convolve
 from jet_jax.models.linear import formats, linear, split_linear
 from jet_jax.models.norm import normalise
-from jet_jax.recurrent_options import Mamba2Options
 from jet_jax.sharding import constrain
 from kernels_pallas import linear_attention, linear_attention_step
 

@@ -22,13 +22,13 @@ from jaxtyping import Array, Float
 
 from jet_jax.cache import RecurrentState
 from jet_jax.config import ModelConfig
+from jet_jax.linear_options import RetNetOptions
 from jet_jax.mixer_options import RopeOptions
 from jet_jax.mixers.context import FIRST_LAYER, Context, Place
 from jet_jax.mixers.projections import ProjectedMixer
 from jet_jax.mixers.recurrence import recur
 from jet_jax.models.linear import formats, linear
 from jet_jax.models.rope import apply_rope
-from jet_jax.recurrent_options import RetNetOptions
 from kernels_pallas import linear_attention, linear_attention_step
 
 ROPE = RopeOptions(theta=10000.0)

@@ -27,13 +27,13 @@ from jaxtyping import Array, Float
 
 from jet_jax.cache import RecurrentState
 from jet_jax.config import ModelConfig
-from jet_jax.delta_options import RWKV7Options
 from jet_jax.mixers.context import FIRST_LAYER, Context, Place
 from jet_jax.mixers.low_rank import LowRank
 from jet_jax.mixers.recurrence import recur
 from jet_jax.mixers.short_conv import convolve
 from jet_jax.models.linear import formats, linear
 from jet_jax.models.norm import GroupNorm
+from jet_jax.rwkv7_options import RWKV7Options
 from jet_jax.sharding import constrain
 from kernels_pallas import dplr_delta_rule, dplr_delta_rule_step
 
