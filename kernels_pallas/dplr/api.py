@@ -11,11 +11,14 @@ from kernels_pallas.checks import (
     check_state_dtype,
 )
 from kernels_pallas.dispatch import dispatch
+from kernels_pallas.dplr.pallas import dplr_pallas
 from kernels_pallas.dplr.reference import dplr_reference
 from kernels_pallas.dplr.step import step_reference, step_xla
 from kernels_pallas.dplr.xla import dplr_xla
 
-CHUNK = {"xla": dplr_xla, "reference": dplr_reference}
+# On a GPU once the kernels have been measured on one.
+KERNELS_ON = ("tpu",)
+CHUNK = {"pallas": dplr_pallas, "xla": dplr_xla, "reference": dplr_reference}
 STEP = {"xla": step_xla, "reference": step_reference}
 
 
@@ -46,12 +49,13 @@ def dplr_delta_rule(
 
     Differentiable in q, k, v, a, b, g and initial_state, through both outputs. Sums are kept in
     float32 whatever the inputs; float32 inputs are multiplied in full float32. With bfloat16 inputs
-    "xla" multiplies bfloat16 operands where the state is one of them, "reference" float32 ones.
+    "pallas" multiplies bfloat16 operands, "xla" where the state is one of them, "reference" float32
+    ones.
 
     Memory kept for the backward pass: "reference" keeps a state a token (K·V values a head); "xla"
-    keeps its inputs and `chunk_size` float32 values a token and head (named
-    "dplr_delta_rule_inverse" for remat policies), and rebuilds one state a chunk while the backward
-    pass runs.
+    and "pallas" keep their inputs and `chunk_size` values a token and head (named
+    "dplr_delta_rule_inverse" for remat policies; in q's dtype, "xla" in float32), and rebuild one
+    state a chunk while the backward pass runs.
 
     Args:
       q: queries [B, T, H, K].
@@ -69,8 +73,9 @@ def dplr_delta_rule(
       state_dtype: dtype of the returned state; inside it is float32.
       chunk_size: tokens a chunk, a power of two from 16 to 256.
       axis_name: mesh axis over which T is split; no implementation takes it.
-      implementation: "reference" (token by token), "xla" (chunks), or None for the fastest that
-        supports the arguments. A named one never falls back.
+      implementation: "reference" (token by token), "xla" (chunks), "pallas" (kernels for a GPU or
+        a TPU, interpreted elsewhere), or None for the fastest that supports the arguments; on a GPU
+        the kernels are taken by name only. A named one never falls back.
 
     Returns:
       o [B, T, H, V] in v's dtype, and the state [B, H, K, V] after the last real token.
@@ -109,6 +114,7 @@ def dplr_delta_rule(
         state_dtype=jnp.dtype(state_dtype),
         chunk_size=chunk_size,
         axis_name=axis_name,
+        kernels_on=KERNELS_ON,
     )
 
 

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from float64_recurrence import borders
-from gated_delta_inputs import error
+from gated_delta_inputs import error, platform_of
 
 from kernels_pallas import dplr_delta_rule, dplr_delta_rule_step, kda, kda_step
 
-SIZES = (3, 150, 2, 4, 8, 12)  # B T H HV K V; dplr has HV heads of everything
+# B T H HV K V, as small as each implementation takes; dplr has HV heads of everything.
+SIZES = dict.fromkeys(("reference", "xla"), (3, 150, 2, 4, 8, 12))
+SIZES |= dict.fromkeys(("pallas", "pallas for a TPU"), (3, 150, 1, 2, 64, 64))
 OPS = {"kda": kda, "dplr": dplr_delta_rule}
 STEPS = {"kda": kda_step, "dplr": dplr_delta_rule_step}
 # Names of the inputs of each, which are in the order of the functions' arguments.
@@ -34,7 +36,7 @@ CASES = {
 }
 
 
-def make(op, dtype=jnp.float32, sizes=SIZES, decay=(1e-3, 0.5), beta=None, alike=0.0):
+def make(op, dtype=jnp.float32, sizes=SIZES["xla"], decay=(1e-3, 0.5), beta=None, alike=0.0):
     """Returns inputs and cotangents.
 
     Args:
@@ -134,8 +136,10 @@ forward = jax.jit(run, static_argnames=("op", "implementation", "chunk_size"))
 @functools.partial(jax.jit, static_argnames=("op", "implementation", "chunk_size"))
 def outputs_and_gradients(op, inputs, segment_ids, cotangents, implementation, chunk_size):
     """Returns o, the state and the gradients of all inputs."""
-    outputs, pull = jax.vjp(lambda *x: run(op, x, segment_ids, implementation, chunk_size), *inputs)
-    return *outputs, *pull(cotangents)
+    name, interpreter = platform_of(implementation)
+    with interpreter:  # also while the backward pass is traced
+        outputs, pull = jax.vjp(lambda *x: run(op, x, segment_ids, name, chunk_size), *inputs)
+        return *outputs, *pull(cotangents)
 
 
 def assert_close(op, got, expected):
