@@ -48,13 +48,19 @@ def lowest(dtype: jnp.dtype) -> float:
 
 
 def with_borders(
-    g: Float[Array, "B T HV K"], segment_ids: Int[Array, "B T"] | None
+    g: Float[Array, "B T HV K"],
+    segment_ids: Int[Array, "B T"] | None,
+    ordinals: Int[Array, "B T"] | None = None,
+    before: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T HV K"]:
     """Puts segments and padding into log decays, after which chunks need not know of them.
 
     Args:
       g: log decays, float32 or float64.
       segment_ids: 0 for padding, or None.
+      ordinals: number of each token's segment in its row, where the row goes on over several
+        devices; None counts from this row's start.
+      before: number of the segment before the first token; None is 0, that of an initial state.
 
     Returns:
       g with a decay of exactly zero where a segment other than the row's first one begins, none at
@@ -65,7 +71,7 @@ def with_borders(
     if segment_ids is None:
         return g
     g = jnp.where((segment_ids != 0)[..., None, None], g, 0.0)
-    return jnp.where(is_border(segment_ids)[..., None, None], floor, g)
+    return jnp.where(is_border(segment_ids, ordinals, before)[..., None, None], floor, g)
 
 
 class Spans(NamedTuple):

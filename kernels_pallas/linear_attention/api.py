@@ -6,11 +6,18 @@ from jax.typing import ArrayLike, DTypeLike
 
 from kernels_pallas.checks import check_array, check_same_dtype, check_segment_ids
 from kernels_pallas.dispatch import dispatch
+from kernels_pallas.linear_attention.pallas import linear_attention_pallas
 from kernels_pallas.linear_attention.reference import linear_attention_reference
 from kernels_pallas.linear_attention.step import step_reference, step_xla
 from kernels_pallas.linear_attention.xla import linear_attention_xla
 
-CHUNK = {"xla": linear_attention_xla, "reference": linear_attention_reference}
+CHUNK = {
+    "pallas": linear_attention_pallas,
+    "xla": linear_attention_xla,
+    "reference": linear_attention_reference,
+}
+# On a GPU once tests of theirs have passed on one.
+KERNELS_ON = ("tpu",)
 STEP = {"xla": step_xla, "reference": step_reference}
 
 
@@ -65,11 +72,11 @@ def linear_attention(
 
     Differentiable in q, k, v, g and initial_state, through both outputs. Sums are kept in float32
     whatever the inputs; float32 inputs are multiplied in full float32. With bfloat16 inputs "xla"
-    multiplies bfloat16 operands; "reference" multiplies in float32.
+    and "pallas" multiply bfloat16 operands; "reference" multiplies in float32.
 
-    Memory kept for the backward pass: "reference" keeps a state a token (K·V values a head); "xla"
-    keeps its inputs alone, and rebuilds one state a chunk (K·V / chunk_size values a token and
-    head) while the backward pass runs.
+    Memory kept for the backward pass: "reference" keeps a state a token (K·V values a head);
+    "xla" and "pallas" keep their inputs alone, and rebuild one state a chunk (K·V / chunk_size
+    values a token and head) while the backward pass runs.
 
     Args:
       q: queries [B, T, H, K].
@@ -86,12 +93,16 @@ def linear_attention(
         checked here: see `validate_segment_ids`.
       state_dtype: dtype of the returned state; inside it is float32.
       chunk_size: tokens a chunk, a power of two from 16 to 256.
-      axis_name: mesh axis over which T is split; no implementation takes it yet.
-      implementation: "reference" (token by token), "xla" (chunks), or None for the fastest that
-        supports the arguments. A named one never falls back.
+      axis_name: mesh axis over which T is split, inside the caller's `shard_map`: every device
+        holds the same number of tokens, in order, and the initial state of the first device counts.
+        Only "pallas" takes it.
+      implementation: "reference" (token by token), "xla" (chunks), "pallas" (kernels for a GPU or
+        a TPU, interpreted elsewhere), or None for the fastest that supports the arguments; on a GPU
+        the kernels are taken by name only. A named one never falls back.
 
     Returns:
-      o [B, T, HV, V] in v's dtype, and the state [B, HV, K, V] after the last real token.
+      o [B, T, HV, V] in v's dtype, and the state [B, HV, K, V] after the last real token (with
+      `axis_name` of the last device's part, on every device).
 
     Raises:
       ValueError: shapes or dtypes that do not fit, a bad chunk_size, an unknown implementation.
@@ -133,6 +144,7 @@ def linear_attention(
         state_dtype=jnp.dtype(state_dtype),
         chunk_size=chunk_size,
         axis_name=axis_name,
+        kernels_on=KERNELS_ON,
     )
 
 

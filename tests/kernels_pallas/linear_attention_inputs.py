@@ -10,6 +10,9 @@ from gated_delta_inputs import error, platform_of
 
 from kernels_pallas import linear_attention
 
+# B T H HV K V, as small as each implementation takes; T is no multiple of any chunk.
+SIZES = dict.fromkeys(("reference", "xla"), (3, 150, 2, 4, 8, 12))
+SIZES |= dict.fromkeys(("pallas", "pallas for a TPU"), (3, 150, 1, 2, 64, 64))
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dinitial_state")
 # Decays: one a head or one a key channel, and the range of -g, log-uniform; or all the same.
 DECAYS = {
@@ -25,7 +28,7 @@ DECAYS = {
 }
 
 
-def make(decay, dtype=jnp.float32, sizes=(3, 150, 2, 4, 8, 12)):
+def make(decay, dtype=jnp.float32, sizes=SIZES["xla"]):
     """Returns inputs q, k, v, g, state and the cotangents of o and the state."""
     rng = np.random.default_rng(0)
     b, t, h, hv, k, v = sizes

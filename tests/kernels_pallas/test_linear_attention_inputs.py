@@ -60,7 +60,7 @@ def test_bad_step_input_is_refused_by_name(change, message):
         linear_attention_step(**inputs | dict(state=np.zeros((2, 4, 6, 4), np.float32)) | change)
 
 
-@pytest.mark.parametrize("implementation", ["reference", None])
+@pytest.mark.parametrize("implementation", ["reference", "xla", None])
 def test_splitting_t_over_devices_is_refused_with_the_reason(implementation):
     with pytest.raises((NotImplementedError, ValueError), match="axis_name"):
         linear_attention(**SMALL, axis_name="data", implementation=implementation)
