@@ -14,12 +14,13 @@ from kernels_pallas.dispatch import dispatch
 from kernels_pallas.dplr.pallas import dplr_pallas
 from kernels_pallas.dplr.reference import dplr_reference
 from kernels_pallas.dplr.step import step_reference, step_xla
+from kernels_pallas.dplr.step_pallas import dplr_step_pallas
 from kernels_pallas.dplr.xla import dplr_xla
 
 # On a GPU once the kernels have been measured on one.
 KERNELS_ON = ("tpu",)
 CHUNK = {"pallas": dplr_pallas, "xla": dplr_xla, "reference": dplr_reference}
-STEP = {"xla": step_xla, "reference": step_reference}
+STEP = {"pallas": dplr_step_pallas, "xla": step_xla, "reference": step_reference}
 
 
 def dplr_delta_rule(
@@ -133,7 +134,8 @@ def dplr_delta_rule_step(
     """Runs the rule for one token: `dplr_delta_rule` with T = 1, without chunks.
 
     Sums are kept in float32. A row with b = 0, k = 0 and g = 0 keeps its state bit for bit: that is
-    how finished or empty rows are left alone.
+    how finished or empty rows are left alone. "pallas" updates the state where it lies if the
+    caller's `jit` donates it, else in a copy. Not differentiable there.
 
     Args:
       q: queries [B, H, K].
@@ -144,8 +146,9 @@ def dplr_delta_rule_step(
       g: natural log of the decay [B, H, K].
       state: [B, H, K, V], float32 or bfloat16 (float64 under `jax_enable_x64`).
       scale: factor on the queries.
-      implementation: "reference", "xla", or None for the fastest that supports the arguments. A
-        named one never falls back.
+      implementation: "reference", "xla", "pallas" (one kernel for a GPU or a TPU, interpreted
+        elsewhere), or None for the fastest that supports the arguments; on a GPU the kernel is
+        taken by name only. A named one never falls back.
 
     Returns:
       o [B, H, V] in v's dtype, and the new state in the state's dtype.
@@ -166,5 +169,16 @@ def dplr_delta_rule_step(
     check_state_dtype(state)
     check_same_dtype(q=q, k=k, v=v, a=a, b=b)
     return dispatch(
-        "dplr_delta_rule_step", STEP, implementation, q, k, v, a, b, g, state, scale=scale
+        "dplr_delta_rule_step",
+        STEP,
+        implementation,
+        q,
+        k,
+        v,
+        a,
+        b,
+        g,
+        state,
+        scale=scale,
+        kernels_on=KERNELS_ON,
     )

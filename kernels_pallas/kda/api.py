@@ -12,6 +12,7 @@ from kernels_pallas.checks import (
     check_state_dtype,
 )
 from kernels_pallas.dispatch import dispatch
+from kernels_pallas.dplr.step_pallas import kda_step_pallas
 from kernels_pallas.kda.pallas import kda_pallas
 from kernels_pallas.kda.reference import kda_reference
 from kernels_pallas.kda.step import step_reference, step_xla
@@ -20,7 +21,7 @@ from kernels_pallas.kda.xla import kda_xla
 # On a GPU once the kernels have been measured on one.
 KERNELS_ON = ("tpu",)
 CHUNK = {"pallas": kda_pallas, "xla": kda_xla, "reference": kda_reference}
-STEP = {"xla": step_xla, "reference": step_reference}
+STEP = {"pallas": kda_step_pallas, "xla": step_xla, "reference": step_reference}
 
 
 def kda(
@@ -136,7 +137,8 @@ def kda_step(
     """Runs Kimi Delta Attention for one token: `kda` with T = 1, without chunks.
 
     Sums are kept in float32. A row with beta = 0 and g = 0 keeps its state bit for bit: that is
-    how finished or empty rows are left alone.
+    how finished or empty rows are left alone. "pallas" updates the state where it lies if the
+    caller's `jit` donates it, else in a copy. Not differentiable there.
 
     Args:
       q: queries [B, H, K].
@@ -147,8 +149,9 @@ def kda_step(
       state: [B, HV, K, V], float32 or bfloat16 (float64 under `jax_enable_x64`).
       scale: factor on the queries; None is 1/sqrt(K).
       use_qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6) per head, in float32.
-      implementation: "reference", "xla", or None for the fastest that supports the arguments. A
-        named one never falls back.
+      implementation: "reference", "xla", "pallas" (one kernel for a GPU or a TPU, interpreted
+        elsewhere), or None for the fastest that supports the arguments; on a GPU the kernel is
+        taken by name only. A named one never falls back.
 
     Returns:
       o [B, HV, V] in v's dtype, and the new state in the state's dtype.
@@ -180,4 +183,5 @@ def kda_step(
         state,
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,
+        kernels_on=KERNELS_ON,
     )
