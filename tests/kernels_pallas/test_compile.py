@@ -10,6 +10,7 @@ import importlib.util
 
 import compile_cases_conv
 import compile_cases_gdr
+import compile_cases_kda_dplr
 import compile_cases_linear_attention
 import compile_cases_step
 import jax
@@ -24,6 +25,7 @@ from kernels_pallas import backend
 
 MODULES = (
     compile_cases_gdr,
+    compile_cases_kda_dplr,
     compile_cases_linear_attention,
     compile_cases_step,
     compile_cases_conv,
