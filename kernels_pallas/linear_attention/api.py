@@ -9,6 +9,7 @@ from kernels_pallas.dispatch import dispatch
 from kernels_pallas.linear_attention.pallas import linear_attention_pallas
 from kernels_pallas.linear_attention.reference import linear_attention_reference
 from kernels_pallas.linear_attention.step import step_reference, step_xla
+from kernels_pallas.linear_attention.step_pallas import step_pallas
 from kernels_pallas.linear_attention.xla import linear_attention_xla
 
 CHUNK = {
@@ -18,7 +19,7 @@ CHUNK = {
 }
 # On a GPU once tests of theirs have passed on one.
 KERNELS_ON = ("tpu",)
-STEP = {"xla": step_xla, "reference": step_reference}
+STEP = {"pallas": step_pallas, "xla": step_xla, "reference": step_reference}
 
 
 def _check_heads(sizes: dict[str, int]) -> None:
@@ -160,8 +161,9 @@ def linear_attention_step(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs linear attention for one token: `linear_attention` with T = 1, without chunks.
 
-    Sums are kept in float32. A row with v = 0 and g = 0 keeps its state: that is how finished or
-    empty rows are left alone.
+    Sums are kept in float32. A row with v = 0 and g = 0 keeps its state bit for bit: that is how
+    finished or empty rows are left alone. "pallas" updates the state where it lies if the caller's
+    `jit` donates it, else in a copy. Not differentiable there.
 
     Args:
       q: queries [B, H, K].
@@ -170,8 +172,9 @@ def linear_attention_step(
       g: natural log of the decay [B, HV] or [B, HV, K]; None is no decay.
       state: [B, HV, K, V], float32 or bfloat16 (float64 under `jax_enable_x64`).
       scale: factor on the queries; None is 1/sqrt(K).
-      implementation: "reference", "xla", or None for the fastest that supports the arguments. A
-        named one never falls back.
+      implementation: "reference", "xla", "pallas" (one kernel for a GPU or a TPU, interpreted
+        elsewhere), or None for the fastest that supports the arguments; on a GPU the kernel is
+        taken by name only. A named one never falls back.
 
     Returns:
       o [B, HV, V] in v's dtype, and the new state in the state's dtype.

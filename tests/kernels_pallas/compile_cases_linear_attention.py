@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import linear_attention
+from kernels_pallas import linear_attention, linear_attention_step
 
 
 def _forward(q, k, v, g, state, segment_ids=None):
@@ -27,8 +27,34 @@ def _shapes(b, t, h, hv, k, v, dtype=jnp.bfloat16, *, channels=False, packed=Fal
     return keys, keys, values, shape(g, jnp.float32), state, *ids
 
 
+def _step(q, k, v, g, state):
+    return linear_attention_step(q, k, v, g, state, implementation="pallas")
+
+
+def _step_shapes(b, h, hv, k, v, state_dtype=jnp.float32, *, channels=False):
+    """Shapes of q, k, v, g and the state."""
+    shape = jax.ShapeDtypeStruct
+    keys, values = shape((b, h, k), jnp.bfloat16), shape((b, hv, v), jnp.bfloat16)
+    g = shape((b, hv, k) if channels else (b, hv), jnp.float32)
+    return keys, keys, values, g, shape((b, hv, k, v), state_dtype)
+
+
 # The 2B model's layers: retention and gated linear attention; Mamba2 with one group.
 FOUR_HEADS, MAMBA2 = (4, 4, 192, 384), (1, 48, 96, 64)
+STEPS = [
+    ("linear_attention_step, RetNet, B=1", _step, _step_shapes(1, *FOUR_HEADS)),
+    (
+        "linear_attention_step, GLA, B=128, bfloat16 state",
+        _step,
+        _step_shapes(128, *FOUR_HEADS, jnp.bfloat16, channels=True),
+    ),
+    (
+        "linear_attention_step, GLA, B=128",
+        _step,
+        _step_shapes(128, *FOUR_HEADS, channels=True),
+    ),
+    ("linear_attention_step, Mamba2, B=128", _step, _step_shapes(128, *MAMBA2)),
+]
 CASES = [  # a gradient compiles the forward kernels too
     ("linear_attention gradient, RetNet", _gradient, _shapes(8, 8192, *FOUR_HEADS)),
     (
@@ -42,6 +68,7 @@ CASES = [  # a gradient compiles the forward kernels too
         _gradient,
         _shapes(1, 65536, *FOUR_HEADS, channels=True),
     ),
+    *STEPS,
 ]
 # Other widths, float32, and heads that share keys.
 WIDTHS = [
