@@ -17,7 +17,7 @@ Segments and padding are in the decays: a border is a decay of exactly zero.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class Terms(NamedTuple):
     read_factor: Float[Array, "N B G R C"] | None  # Q̂ = factor · read; None is 1
     write: Float[Array, "N B G C K"]
     write_factor: Float[Array, "N B G R C"] | None  # K_e = factor · write; None is 1
-    scores: Float[Array, "N B G R C C"]  # Y
+    scores: Any  # Y [N B G R C C]; None where only the rest is needed
     whole: Float[Array, "N B G R #K"]  # e^{G_C}
 
 

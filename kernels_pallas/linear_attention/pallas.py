@@ -214,17 +214,20 @@ def _row_gradients(options: Options, x: _Inputs, do, states, dstates):
     heads = do.shape[1 if backend.platform() == "tpu" else 2]
     key_heads = x.q.shape[1 if backend.platform() == "tpu" else 2]
     groups = heads // key_heads
-    sizes = dict(
-        scale=options.scale,
-        blocks=options.blocks,
-        dtype=x.q.dtype if groups == 1 else jnp.float32,
-    )
+    dtype = x.q.dtype if groups == 1 else jnp.float32
+    rest = x.v, do, states, dstates
+    scale, blocks = options.scale, options.blocks
     if x.g.ndim == 4:
-        found = channel_kernel_gradients(x.q, x.k, x.g, x.v, do, states, dstates, **sizes)
-        dg = found.g
+        found = channel_kernel_gradients(
+            x.q, x.k, x.g, *rest, scale=scale, blocks=blocks, dtype=dtype
+        )
+        dq, dk, dg = found
     else:
-        decays = _decay_rows(x.g)
-        found = head_gradients(x.q, x.k, decays, x.v, do, states, dstates, **sizes)
+        found = head_gradients(
+            x.q, x.k, _decay_rows(x.g), *rest, scale=scale, blocks=blocks, dtype=dtype
+        )
+        dq, dk = found.q, found.k
+        # The gated delta rule's sum over spans, where everything is written with strength 1.
         gates = gate_rows(x.g, jnp.ones_like(x.g), CHUNK)
         dg = decay_gradient(gates, found.pairs, found.from_start, found.to_end, found.inner[..., 0])
         dg = from_rows(dg)
@@ -236,7 +239,7 @@ def _row_gradients(options: Options, x: _Inputs, do, states, dstates):
         shape = (*rows.shape[:axis], key_heads, groups, *rows.shape[axis + 1 :])
         return jnp.sum(rows.reshape(shape), axis=axis + 1).astype(x.q.dtype)
 
-    return of_key_heads(found.q), of_key_heads(found.k), dg
+    return of_key_heads(dq), of_key_heads(dk), dg
 
 
 def _outputs(options: Options, q, k, v, g, initial_state, segment_ids):

@@ -62,7 +62,8 @@ def states_over_devices(
     """
     own = jnp.prod(w, axis=0), states_before(w, n, jnp.zeros_like(first))[1]
     first = jax.lax.psum(on_first_device(first, axis_name), axis_name)
-    before, last = states_before(*jax.lax.all_gather(own, axis_name), first)
+    all_w, all_n = jax.lax.all_gather(own, axis_name)
+    before, last = states_before(all_w, all_n, first)
     before = jax.lax.dynamic_index_in_dim(before, jax.lax.axis_index(axis_name), 0, False)
     return states_before(w, n, before)[0], last
 
@@ -88,6 +89,7 @@ def gradients_over_devices(
     """
     last = jax.lax.psum(last, axis_name)
     own = jnp.prod(w, axis=0), gradients_after(w, n, jnp.zeros_like(last))[1]
-    after, first = gradients_after(*jax.lax.all_gather(own, axis_name), last)
+    all_w, all_n = jax.lax.all_gather(own, axis_name)
+    after, first = gradients_after(all_w, all_n, last)
     after = jax.lax.dynamic_index_in_dim(after, jax.lax.axis_index(axis_name), 0, False)
     return gradients_after(w, n, after)[0], on_first_device(first, axis_name)

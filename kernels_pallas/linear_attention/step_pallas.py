@@ -182,10 +182,9 @@ def _on_tpu(q, k, v, g, state, blocks: StepBlocks, scale: float):
         return pl.BlockSpec((None, taken, *shape), lambda b, h: (b, h, 0, 0))
 
     wide = pl.BlockSpec((None, shared, 1, key_width), q_head)
-    has_channels = g is not None and g.ndim == 3
-    decays, specs = [], []
-    if has_channels:
-        decays, specs = [g[:, :, None]], [own(1, key_width)]
+    has_channels, decays, specs = False, [], []
+    if g is not None and g.ndim == 3:
+        has_channels, decays, specs = True, [g[:, :, None]], [own(1, key_width)]
     elif g is not None:
         decays, specs = [g[:, None]], [pl.BlockSpec((None, 1, heads), lambda b, h: (b, 0, 0))]
     o, new_state = backend.pallas(
