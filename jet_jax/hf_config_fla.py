@@ -92,6 +92,8 @@ def read_fla(v: Values) -> ModelConfig:
     ):
         v.refuse(key, allowed)
     hidden, layers = v.need("hidden_size"), v.need("num_hidden_layers")
+    if v.get("intermediate_size") is None:
+        v.values["intermediate_size"] = _mlp_width(hidden, v.need("hidden_ratio"))
     options = {key: v.get(key) for key in model.keys if v.get(key) is not None}
     options["norm_eps"] = float(v.need("norm_eps"))
     mixers = {model.layer_type: OPTIONS[model.layer_type](**options)}
@@ -110,7 +112,6 @@ def read_fla(v: Values) -> ModelConfig:
         mixers,
         rms_norm_eps=float(v.need("norm_eps")),
         hidden_act="silu",
-        intermediate_size=v.get("intermediate_size", _mlp_width(hidden, v.need("hidden_ratio"))),
     )
 
 
