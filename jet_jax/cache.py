@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jet_jax.config import ModelConfig
 from jet_jax.mixer_options import AttentionOptions, JetOptions
+from jet_jax.recurrent_options import RecurrentOptions
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +29,13 @@ class KVState:
 
     @classmethod
     def init(
-        cls, options: AttentionOptions, batch: int, max_length: int, dtype: Any, state_dtype: Any
+        cls,
+        options: AttentionOptions,
+        hidden_size: int,
+        batch: int,
+        max_length: int,
+        dtype: Any,
+        state_dtype: Any,
     ) -> KVState:
         """Zeros for `batch` sequences of at most `max_length` tokens."""
         shape = (batch, max_length, options.num_kv_heads, options.head_dim)
@@ -45,7 +52,13 @@ class WindowState:
 
     @classmethod
     def init(
-        cls, options: AttentionOptions, batch: int, max_length: int, dtype: Any, state_dtype: Any
+        cls,
+        options: AttentionOptions,
+        hidden_size: int,
+        batch: int,
+        max_length: int,
+        dtype: Any,
+        state_dtype: Any,
     ) -> WindowState:
         """Zeros for `batch` sequences, whatever their length."""
         assert options.window_size is not None
@@ -67,7 +80,13 @@ class JetState:
 
     @classmethod
     def init(
-        cls, options: JetOptions, batch: int, max_length: int, dtype: Any, state_dtype: Any
+        cls,
+        options: JetOptions,
+        hidden_size: int,
+        batch: int,
+        max_length: int,
+        dtype: Any,
+        state_dtype: Any,
     ) -> JetState:
         """Zeros for `batch` sequences, whatever their length."""
         conv = (batch, options.conv_size - 1, options.value_width)
@@ -75,7 +94,47 @@ class JetState:
         return cls(jnp.zeros(conv, dtype), jnp.zeros(state, state_dtype))
 
 
-STATES: dict[str, Any] = {"attn": KVState, "swa": WindowState, "jet": JetState}
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecurrentState:
+    """The memory of a recurrent mixer other than the JetBlock.
+
+    `rows`: what convolutions and token shift look back on, by name: the last raw rows
+    [B, rows, width], oldest first. `recurrent`: the matrix of each head [B, H, K, V] in the
+    config's state_dtype.
+    """
+
+    rows: dict[str, Any]
+    recurrent: Any
+
+    @classmethod
+    def init(
+        cls,
+        options: RecurrentOptions,
+        hidden_size: int,
+        batch: int,
+        max_length: int,
+        dtype: Any,
+        state_dtype: Any,
+    ) -> RecurrentState:
+        """Zeros for `batch` sequences, whatever their length."""
+        tails = options.tails(hidden_size)
+        rows = {name: jnp.zeros((batch, *shape), dtype) for name, shape in tails.items()}
+        return cls(rows, jnp.zeros((batch, *options.state_shape(hidden_size)), state_dtype))
+
+
+STATES: dict[str, Any] = {
+    "attn": KVState,
+    "swa": WindowState,
+    "jet": JetState,
+    "retnet": RecurrentState,
+    "gla": RecurrentState,
+    "deltanet": RecurrentState,
+    "gdn": RecurrentState,
+    "mamba2": RecurrentState,
+    "rwkv7": RecurrentState,
+    "kda": RecurrentState,
+}
 
 
 @jax.tree_util.register_dataclass
@@ -99,6 +158,7 @@ def init_cache(config: ModelConfig, batch: int, max_length: int) -> Cache:
     layers = tuple(
         STATES[kind].init(
             config.options(kind),
+            config.hidden_size,
             batch,
             max_length,
             jnp.dtype(config.dtype),

@@ -13,7 +13,7 @@ from importlib import import_module
 
 # name: one line of help
 COMMANDS = {
-    "bench": "measure kernels on the device that is there",
+    "bench": "measure kernels and layers on the device that is there",
     "convert": "convert a model between Hugging Face and Orbax directories",
     "generate": "continue prompts, streaming the text",
     "info": "layers, parameters, cache size and FLOPs of a config or model",

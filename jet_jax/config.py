@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jet_jax.mixer_options import OPTIONS, build, require, require_positive
+from jet_jax.mixer_options import OPTIONS, build
+from jet_jax.option_checks import require, require_positive
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 DTYPES = ("bfloat16", "float32")
@@ -72,6 +73,8 @@ class ModelConfig:
                 f"layer {i} is {kind!r}, but mixers has no options for it "
                 f"(it has: {', '.join(dict(self.mixers)) or 'none'})",
             )
+        for _, options in self.mixers:
+            options.check(self.hidden_size)
         require(
             self.hidden_act in ACTIVATIONS,
             f"hidden_act {self.hidden_act!r} is not supported; use {' or '.join(ACTIVATIONS)}",
@@ -120,23 +123,34 @@ class ModelConfig:
                 return options
         raise ValueError(f"this config has no options for layer type {layer_type!r}")
 
-    def layer_params(self, layer_type: str) -> int:
-        """Parameters of one decoder layer of that type: mixer, MLP and norms."""
-        norms = (4 if self.use_post_norms else 2) * self.hidden_size
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        return self.options(layer_type).param_count(self.hidden_size) + mlp + norms
+    def is_first(self, layer: int) -> bool:
+        """Whether no layer before that one is of the same type."""
+        return self.layer_types[layer] not in self.layer_types[:layer]
+
+    def mixer_params(self, layer_type: str) -> int:
+        """Parameters of all mixers of that type together."""
+        options = self.options(layer_type)
+        return sum(
+            options.param_count(self.hidden_size, self.is_first(i))
+            for i, kind in enumerate(self.layer_types)
+            if kind == layer_type
+        )
 
     def param_count(self) -> int:
         """All parameters, a tied embedding counted once."""
         heads = 1 if self.tie_word_embeddings else 2
-        layers = sum(self.layer_params(kind) for kind in self.layer_types)
+        mixers = sum(self.mixer_params(kind) for kind in set(self.layer_types))
+        norms = (4 if self.use_post_norms else 2) * self.hidden_size
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        layers = mixers + self.num_layers * (mlp + norms)
         return heads * self.vocab_size * self.hidden_size + layers + self.hidden_size
 
     def cache_bytes(self, context: int, batch: int = 1) -> int:
         """Bytes of the decoding cache for `batch` sequences of `context` tokens."""
         size, state = (2 if d == "bfloat16" else 4 for d in (self.dtype, self.state_dtype))
         return batch * sum(
-            self.options(kind).cache_bytes(context, size, state) for kind in self.layer_types
+            self.options(kind).cache_bytes(context, size, state, self.hidden_size)
+            for kind in self.layer_types
         )
 
     def flops_per_token(self, context: int) -> float:
@@ -146,11 +160,11 @@ class ModelConfig:
         """
         dense = self.vocab_size * self.hidden_size
         mixing = 0.0
-        for kind in self.layer_types:
+        for i, kind in enumerate(self.layer_types):
             options = self.options(kind)
-            dense += options.matmul_params(self.hidden_size)
+            dense += options.matmul_params(self.hidden_size, self.is_first(i))
             dense += 3 * self.hidden_size * self.intermediate_size
-            mixing += options.mixing_flops(context)
+            mixing += options.mixing_flops(context, self.hidden_size)
         return 2 * dense + mixing
 
     def replace(self, **changes: Any) -> ModelConfig:
@@ -177,7 +191,8 @@ class ModelConfig:
     def from_hf(cls, values: Mapping[str, Any] | str) -> ModelConfig:
         """Reads a Hugging Face config, as a dict or as the text of a config.json.
 
-        Supported model types: qwen2, qwen3, llama, gemma3_text, jet_nemotron and jet_jax_hybrid.
+        Supported model types: qwen2, qwen3, llama, gemma3_text, jet_nemotron, those of
+        flash-linear-attention (retnet, gla, delta_net, gated_deltanet, kda) and jet_jax_hybrid.
         Raises ValueError naming what is not supported.
         """
         from jet_jax import hf_config

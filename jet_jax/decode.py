@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from jet_jax.cache import Cache, JetState, KVState, WindowState, init_cache
+from jet_jax.cache import Cache, JetState, KVState, RecurrentState, WindowState, init_cache
 from jet_jax.config import ModelConfig
 from jet_jax.sampling import Sampling, sample
 from jet_jax.sharding import constrain
@@ -27,6 +27,12 @@ _STATE_DIMS = {
     KVState: {"k": "bsnk", "v": "bsnk"},
     WindowState: {"k": "bsnk", "v": "bsnk"},
     JetState: {"conv": "bth", "recurrent": "bhkv"},
+    # Rows of channels are split as heads are; all heads share B and C, and the token shift is
+    # taken before the heads.
+    RecurrentState: {
+        "rows": {"q": "bth", "k": "bth", "v": "bth", "x": "bth", "bc": "btd", "shift": "btd"},
+        "recurrent": "bhkv",
+    },
 }
 
 
@@ -53,15 +59,15 @@ def _pin(cache: Cache) -> Cache:
     would compile everything again.
     """
 
+    def held(x: Any, dims: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: held(part, (dims or {}).get(name)) for name, part in x.items()}
+        return constrain(x, dims or "b" + "t" * (x.ndim - 1))
+
     def pin(state: Any) -> Any:
         dims = _STATE_DIMS.get(type(state), {})
         arrays = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-        return type(state)(
-            **{
-                name: constrain(x, dims.get(name) or "b" + "t" * (x.ndim - 1))
-                for name, x in arrays.items()
-            }
-        )
+        return type(state)(**held(arrays, dims))
 
     return Cache(tuple(pin(state) for state in cache.layers), constrain(cache.length, "b"))
 

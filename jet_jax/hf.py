@@ -15,7 +15,15 @@ from jax.sharding import Mesh
 
 from jet_jax.config import ModelConfig
 from jet_jax.hf_files import config_text, copy_companions, read_config
-from jet_jax.hf_names import EMBEDDING, HEAD, KNOWN_BUFFERS, Layout, expected, hf_specs
+from jet_jax.hf_names import (
+    HEAD,
+    KNOWN_BUFFERS,
+    Layout,
+    embedding_name,
+    expected,
+    hf_specs,
+    renames_of,
+)
 from jet_jax.models.lm import HybridLM
 from jet_jax.placing import build, check_dtype, place, targets, weight_specs, with_dtype
 from jet_jax.safetensors_files import TensorSpec
@@ -99,18 +107,18 @@ def open_hf(directory: str | os.PathLike) -> HFModel:
     directory = Path(directory)
     config = read_config(directory)
     files = open_tensor_files(directory)
-    names = expected(config)
+    names, embedding = expected(config), embedding_name(config)
     stores_tied_head = config.tie_word_embeddings and HEAD in files.specs
     shapes = {name: layout.hf_shape(shape) for name, (_, layout, shape) in names.items()}
     found = {name: spec for name, spec in files.specs.items() if not KNOWN_BUFFERS.search(name)}
     if stores_tied_head:
-        shapes[HEAD] = shapes[EMBEDDING]
+        shapes[HEAD] = shapes[embedding]
     model_type = json.loads(config.hf_json or "{}").get("model_type")
     check_weights(shapes, found, str(directory), f"{model_type}, {config.num_layers} layers")
-    if stores_tied_head and not _equal_bits(files.reader()(HEAD), files.reader()(EMBEDDING)):
+    if stores_tied_head and not _equal_bits(files.reader()(HEAD), files.reader()(embedding)):
         raise ValueError(
             f"{directory}: config.json says tie_word_embeddings, but {HEAD} differs from "
-            f"{EMBEDDING}; set tie_word_embeddings to false in config.json, or remove {HEAD}"
+            f"{embedding}; set tie_word_embeddings to false in config.json, or remove {HEAD}"
         )
     return HFModel(directory, config, files, names, stores_tied_head)
 
@@ -124,8 +132,8 @@ def load(
       directory: a directory with config.json and weights, of a model type that
         `ModelConfig.from_hf` supports.
       dtype: "bfloat16" or "float32": dtype of the weights and of the computation. None keeps the
-        stored dtypes and computes in the dtype of the config. `A_log` and `dt_bias` are float32 in
-        every case.
+        stored dtypes and computes in the dtype of the config. `A_log`, `dt_bias` and Mamba2's `D`
+        are float32 in every case.
       mesh: the mesh that the weights are spread over, by `sharding.RULES`; None puts all of them
         on the default device.
 
@@ -178,9 +186,9 @@ def write_hf(
     """
     shapes = {path: spec.shape for path, spec in weight_specs(config).items()}
     check_weights(shapes, specs, "memory", f"{config.num_layers} layers")
-    names = hf_specs(dict(specs))
+    names = hf_specs(dict(specs), renames_of(config))
     if store_tied_head and HEAD not in names:
-        names[HEAD] = names[EMBEDDING]
+        names[HEAD] = names[embedding_name(config)]
 
     def read_hf(name: str) -> np.ndarray:
         path, layout, _ = names[name]

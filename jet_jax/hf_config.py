@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jet_jax.config import ModelConfig
+from jet_jax.hf_config_fla import FLA_MODEL_TYPES, read_fla
+from jet_jax.hf_values import Values, common
 from jet_jax.mixer_options import AttentionOptions, JetOptions, RopeOptions
 
 HYBRID_MODEL_TYPE = "jet_jax_hybrid"
@@ -55,36 +57,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
-_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 
 
-class _Values:
-    """Config values with the architecture's defaults and errors that name the model type."""
-
-    def __init__(self, values: Mapping[str, Any], model_type: str):
-        self.values = {**_DEFAULTS[model_type], **values}
-        self.model_type = model_type
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def need(self, key: str) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            raise ValueError(f"the {self.model_type} config has no {key!r}")
-        return value
-
-    def refuse(self, key: str, allowed: tuple[Any, ...]) -> None:
-        value = self.values.get(key)
-        if value is not None and value not in allowed:
-            raise ValueError(
-                f"{self.model_type} with {key}={value!r} is not supported "
-                f"(only {' or '.join(repr(a) for a in allowed)})"
-            )
-
-
-def _rope(v: _Values, layer_type: str, theta_default: float, theta_key: str = "rope_theta"):
+def _rope(v: Values, layer_type: str, theta_default: float, theta_key: str = "rope_theta"):
     """Rotary options of one layer type from `rope_parameters` (new) or `rope_scaling` (old)."""
     params = v.get("rope_scaling") or v.get("rope_parameters") or {}
     if any(isinstance(p, Mapping) for p in params.values()):
@@ -126,7 +101,7 @@ def _rope(v: _Values, layer_type: str, theta_default: float, theta_key: str = "r
     return RopeOptions(**out)
 
 
-def _attention(v: _Values, rope: RopeOptions, **changes: Any) -> AttentionOptions:
+def _attention(v: Values, rope: RopeOptions, **changes: Any) -> AttentionOptions:
     heads = v.need("num_attention_heads")
     head_dim = v.get("head_dim")
     if head_dim is None:
@@ -141,40 +116,10 @@ def _attention(v: _Values, rope: RopeOptions, **changes: Any) -> AttentionOption
     return AttentionOptions(heads, kv_heads, head_dim, rope=rope, **changes)
 
 
-def _common(v: _Values, layer_types: list[str], mixers: dict[str, Any], **changes: Any):
-    if v.get("num_hidden_layers", len(layer_types)) != len(layer_types):
-        raise ValueError(
-            f"num_hidden_layers={v.get('num_hidden_layers')} but layer_types has "
-            f"{len(layer_types)} entries"
-        )
-    dtype = str(v.get("dtype", v.get("torch_dtype", "bfloat16"))).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise ValueError(f"{v.model_type} with dtype={dtype!r} is not supported")
-    fields = {
-        "rms_norm_eps": float(v.get("rms_norm_eps", 1e-6)),
-        "hidden_act": v.get("hidden_act", "silu"),
-        "tie_word_embeddings": bool(v.need("tie_word_embeddings")),
-        "max_position_embeddings": v.need("max_position_embeddings"),
-        "initializer_range": float(v.get("initializer_range", 0.02)),
-        "dtype": _DTYPES[dtype],
-    }
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        fields[key] = v.get(key)
-    used = {kind: options for kind, options in mixers.items() if kind in layer_types}
-    return ModelConfig(
-        vocab_size=v.need("vocab_size"),
-        hidden_size=v.need("hidden_size"),
-        intermediate_size=v.need("intermediate_size"),
-        layer_types=tuple(layer_types),
-        mixers=used,
-        **(fields | changes),
-    )
-
-
 LAYER_NAMES = {"full_attention": "attn", "sliding_attention": "swa"}
 
 
-def _translate(v: _Values, names: Any) -> list[str]:
+def _translate(v: Values, names: Any) -> list[str]:
     for i, name in enumerate(names):
         if name not in LAYER_NAMES:
             raise ValueError(
@@ -184,7 +129,7 @@ def _translate(v: _Values, names: Any) -> list[str]:
     return [LAYER_NAMES[name] for name in names]
 
 
-def _read_transformers(v: _Values) -> ModelConfig:
+def _read_transformers(v: Values) -> ModelConfig:
     """qwen2, qwen3 and llama: they differ in biases, q/k norm and windows."""
     v.refuse("mlp_bias", (False,))
     v.refuse("pretraining_tp", (1,))
@@ -215,10 +160,10 @@ def _read_transformers(v: _Values) -> ModelConfig:
     if "swa" in kinds:
         rope = _rope(v, "sliding_attention", 10000.0)
         mixers["swa"] = _attention(v, rope, window_size=window, **changes)
-    return _common(v, kinds, mixers)
+    return common(v, kinds, mixers)
 
 
-def _read_gemma3(v: _Values) -> ModelConfig:
+def _read_gemma3(v: Values) -> ModelConfig:
     v.refuse("use_bidirectional_attention", (False,))
     v.refuse("attn_logit_softcapping", ())
     v.refuse("final_logit_softcapping", ())
@@ -242,11 +187,11 @@ def _read_gemma3(v: _Values) -> ModelConfig:
             "'sliding_attention'"
         )
     # An old rope_scaling speaks of the full-attention layers only, and adds to what is said there.
-    local = _Values({**v.values, "rope_scaling": None}, v.model_type)
+    local = Values({**v.values, "rope_scaling": None}, v.model_type)
     scaling = v.get("rope_scaling")
     if scaling and nested:
         scaling = {**(nested.get("full_attention") or {}), **scaling}
-    full = _Values({**v.values, "rope_scaling": scaling}, v.model_type)
+    full = Values({**v.values, "rope_scaling": scaling}, v.model_type)
     mixers = {
         "attn": _attention(v, _rope(full, "full_attention", 1e6), **changes),
         "swa": _attention(
@@ -256,7 +201,7 @@ def _read_gemma3(v: _Values) -> ModelConfig:
             **changes,
         ),
     }
-    return _common(
+    return common(
         v,
         kinds,
         mixers,
@@ -267,7 +212,7 @@ def _read_gemma3(v: _Values) -> ModelConfig:
     )
 
 
-def _read_jet_nemotron(v: _Values) -> ModelConfig:
+def _read_jet_nemotron(v: Values) -> ModelConfig:
     v.refuse("hidden_act", ("silu",))
     v.refuse("use_mrope", (False,))
     layers = v.need("num_hidden_layers")
@@ -300,7 +245,7 @@ def _read_jet_nemotron(v: _Values) -> ModelConfig:
             generator_reduction=jet.get("dconv_generator_reduction", 8),
             norm_eps=float(jet.get("norm_eps", 1e-5)),
         )
-    return _common(v, list(kinds), mixers)
+    return common(v, list(kinds), mixers)
 
 
 READERS = {
@@ -309,6 +254,7 @@ READERS = {
     "llama": _read_transformers,
     "gemma3_text": _read_gemma3,
     "jet_nemotron": _read_jet_nemotron,
+    **dict.fromkeys(FLA_MODEL_TYPES, read_fla),
 }
 
 
@@ -329,4 +275,6 @@ def from_hf(values: Mapping[str, Any] | str) -> ModelConfig:
     if model_type not in READERS:
         known = ", ".join([*READERS, HYBRID_MODEL_TYPE])
         raise ValueError(f"model_type {model_type!r} is not supported; supported: {known}")
-    return READERS[model_type](_Values(parsed, model_type)).replace(hf_json=text)
+    return READERS[model_type](Values(parsed, model_type, _DEFAULTS.get(model_type))).replace(
+        hf_json=text
+    )

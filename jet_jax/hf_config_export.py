@@ -12,6 +12,7 @@ from typing import Any
 
 from jet_jax.config import ModelConfig
 from jet_jax.hf_config import HYBRID_MODEL_TYPE, LAYER_NAMES, READERS, from_hf
+from jet_jax.hf_config_fla import FLA_MODEL_TYPES, write_fla
 from jet_jax.mixer_options import RopeOptions
 
 
@@ -129,7 +130,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         return json.loads(config.hf_json)
     for model_type in READERS:
         try:
-            candidate = _write(config, model_type)
+            write = write_fla if model_type in FLA_MODEL_TYPES else _write
+            candidate = write(config, model_type)
             if _says(candidate, config):
                 return candidate
         except (ValueError, KeyError, AttributeError):

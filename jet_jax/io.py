@@ -62,8 +62,8 @@ def load(
       path: a Hugging Face directory, a converted directory, a training run's directory (its newest
         step is taken) or one of its steps.
       dtype: "bfloat16" or "float32": dtype of the weights and of the computation. None keeps the
-        stored dtypes and computes in the dtype of the config. `A_log` and `dt_bias` are float32 in
-        every case.
+        stored dtypes and computes in the dtype of the config. `A_log`, `dt_bias` and Mamba2's `D`
+        are float32 in every case.
       mesh: the mesh that the weights are spread over, by `sharding.RULES`; each weight lands
         directly in its sharding. None puts all of them on the default device.
 

@@ -1,7 +1,8 @@
 """The options of each mixer: frozen dataclasses that check themselves and count.
 
-Each has `param_count`, `matmul_params`, `cache_bytes` and `mixing_flops`, from which the model's
-own counts follow. `OPTIONS` maps a layer type to its class.
+Each has `check`, `param_count`, `matmul_params`, `cache_bytes` and `mixing_flops`, from which the
+model's own counts follow. Attention and the JetBlock are here, the other recurrent mixers in
+`linear_options`, `delta_options` and `rwkv7_options`. `OPTIONS` maps a layer type to its class.
 """
 
 from __future__ import annotations
@@ -12,21 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jet_jax.delta_options import DeltaNetOptions, GDNOptions, KDAOptions
+from jet_jax.linear_options import GLAOptions, Mamba2Options, RetNetOptions
+from jet_jax.option_checks import MixerOptions, require, require_positive
+from jet_jax.rwkv7_options import RWKV7Options
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-def require(ok: bool, message: str) -> None:
-    """Raises ValueError with the message unless `ok`."""
-    if not ok:
-        raise ValueError(message)
-
-
-def require_positive(name: str, value: Any) -> None:
-    """Raises ValueError naming the setting unless its value is an integer of at least 1."""
-    require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        f"{name}={value!r} must be an integer of at least 1",
-    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class RopeOptions:
 
 
 @dataclass(frozen=True)
-class AttentionOptions:
+class AttentionOptions(MixerOptions):
     """Grouped-query softmax attention; with `window_size` = w a token sees exactly w keys.
 
     `query_scale` multiplies the scores and is head_dim**-0.5 when None (Gemma sets its own).
@@ -103,22 +95,24 @@ class AttentionOptions:
         """The factor on the attention scores."""
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
-    def param_count(self, hidden_size: int) -> int:
+    def param_count(self, hidden_size: int, first: bool = False) -> int:
         """Parameters of one mixer."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         biases = (q + 2 * kv) * self.qkv_bias + hidden_size * self.o_bias
         return hidden_size * (2 * q + 2 * kv) + biases + 2 * self.head_dim * self.qk_norm
 
-    def matmul_params(self, hidden_size: int) -> int:
+    def matmul_params(self, hidden_size: int, first: bool = False) -> int:
         """Weights that every token multiplies."""
         return 2 * hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
 
-    def cache_bytes(self, context: int, dtype_bytes: int, state_bytes: int) -> int:
+    def cache_bytes(
+        self, context: int, dtype_bytes: int, state_bytes: int, hidden_size: int
+    ) -> int:
         """Bytes of keys and values that one sequence of `context` tokens keeps."""
         kept = context if self.window_size is None else self.window_size  # the window is a ring
         return 2 * kept * self.num_kv_heads * self.head_dim * dtype_bytes
 
-    def mixing_flops(self, context: int) -> float:
+    def mixing_flops(self, context: int, hidden_size: int) -> float:
         """Forward FLOPs a token beyond the projections, averaged over a causal sequence."""
         w = context if self.window_size is None else min(self.window_size, context)
         seen = w - w * (w - 1) / (2 * context)  # mean number of visible keys
@@ -126,7 +120,7 @@ class AttentionOptions:
 
 
 @dataclass(frozen=True)
-class JetOptions:
+class JetOptions(MixerOptions):
     """JetBlock: gated delta rule with a per-token generated short convolution on the values.
 
     `head_dim` is the key width K; the value width is K·expand_v. Source: Jet-Nemotron
@@ -180,23 +174,25 @@ class JetOptions:
         """Hidden width R of the kernel generator."""
         return self.value_width // self.generator_reduction
 
-    def param_count(self, hidden_size: int) -> int:
+    def param_count(self, hidden_size: int, first: bool = False) -> int:
         """Parameters of one mixer."""
         vectors = 2 * self.num_heads + self.value_dim + self.value_width * self.conv_size
         return self.matmul_params(hidden_size) + vectors
 
-    def matmul_params(self, hidden_size: int) -> int:
+    def matmul_params(self, hidden_size: int, first: bool = False) -> int:
         """Weights that every token multiplies."""
         per_input = 2 * self.key_width + 3 * self.value_width + 2 * self.num_heads
         generator = self.generator_width * (hidden_size + self.conv_size * self.value_width)
         return hidden_size * per_input + generator
 
-    def cache_bytes(self, context: int, dtype_bytes: int, state_bytes: int) -> int:
+    def cache_bytes(
+        self, context: int, dtype_bytes: int, state_bytes: int, hidden_size: int
+    ) -> int:
         """Bytes of the state and the convolution tail, whatever the context."""
         state = self.num_heads * self.head_dim * self.value_dim * state_bytes
         return state + (self.conv_size - 1) * self.value_width * dtype_bytes
 
-    def mixing_flops(self, context: int) -> float:
+    def mixing_flops(self, context: int, hidden_size: int) -> float:
         """Forward FLOPs a token of the recurrence (three matrix-vector products) and the taps."""
         state = self.num_heads * self.head_dim * self.value_dim
         return float(6 * state + 2 * self.conv_size * self.value_width)
@@ -206,6 +202,13 @@ OPTIONS: dict[str, type] = {
     "attn": AttentionOptions,
     "swa": AttentionOptions,
     "jet": JetOptions,
+    "retnet": RetNetOptions,
+    "gla": GLAOptions,
+    "deltanet": DeltaNetOptions,
+    "gdn": GDNOptions,
+    "mamba2": Mamba2Options,
+    "rwkv7": RWKV7Options,
+    "kda": KDAOptions,
 }
 
 

@@ -20,7 +20,7 @@ from jet_jax.sharding import dotted
 
 SCHEDULES = ("cosine", "wsd", "constant")
 # Decay pulls a weight towards zero; for these, zero is no neutral value.
-NO_DECAY = r"(^|\.)(bias|scale|A_log|dt_bias|b2)$"
+NO_DECAY = r"(^|\.)(bias|scale|A_log|dt_bias|D|b2|x_[rwkvag]|k_k|k_a|r_k)$"
 EMBEDDING = r"(^|\.)embed_tokens\.embedding$"
 
 Schedule = Callable[[Any], Any]
@@ -41,7 +41,7 @@ class OptimConfig:
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled decay, times the learning rate; not for norms, biases, `A_log`,
-        `dt_bias` and the generator's static taps.
+        `dt_bias`, Mamba2's `D`, RWKV-7's vectors and the generator's static taps.
       decay_embedding: whether the embedding decays too.
       clip_norm: limit of the global gradient norm; 0 is no limit.
       lr_multipliers: `(pattern, factor)` pairs, the first match counts; the others have factor 1.

@@ -56,7 +56,7 @@ def targets(
 
     Returns:
       Shape, dtype and sharding by dotted path. The vectors that a model always keeps in float32
-      (`A_log`, `dt_bias`) are float32 whatever is stored or asked for.
+      (`A_log`, `dt_bias`, Mamba2's `D`) are float32 whatever is stored or asked for.
     """
     specs = dict(weight_specs(config))
     where = dict.fromkeys(specs, _default_sharding()) if mesh is None else shardings(specs, mesh)

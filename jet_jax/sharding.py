@@ -34,13 +34,17 @@ RULES: tuple[tuple[str, str, PartitionSpec], ...] = (
     ("head", r"lm_head\.kernel", P("fsdp", "tensor")),  # [D, E]
     ("mlp in", r"mlp\.(gate|up)_proj\.kernel", P("fsdp", "tensor")),  # [D, F]
     ("mlp out", r"mlp\.down_proj\.kernel", P("tensor", "fsdp")),  # [F, D]
-    ("heads in", r"[qkvgba]_proj\.kernel", P("fsdp", "tensor")),  # [D, heads * width]
-    ("heads out", r"o_proj\.kernel", P("tensor", "fsdp")),  # [heads * width, D]
+    ("heads in", r"([qkvgbar]|in)_proj\.kernel", P("fsdp", "tensor")),  # [D, heads * width]
+    ("heads out", r"(o|out)_proj\.kernel", P("tensor", "fsdp")),  # [heads * width, D]
+    # As with the generator below: the bottleneck is narrow and whole, the output split by channel.
+    ("low rank in", r"\w+_(proj|lora)\.down\.kernel", P("fsdp", None)),  # [D, R]
+    ("low rank out", r"\w+_(proj|lora)\.up\.kernel", P("fsdp", "tensor")),  # [R, heads * width]
+    ("conv taps", r"(\w_)?conv1d\.taps", P(None, "tensor")),  # [W, channels]
     # The generator's bottleneck is narrow, so it is computed whole; only w2 is split by channel.
     ("generator in", r"generator\.w1", P("fsdp", None)),  # [D, R]
     ("generator out", r"generator\.w2", P("fsdp", None, "tensor")),  # [R, W, VD]
     ("generator taps", r"generator\.b2", P(None, "tensor")),  # [W, VD]
-    ("replicated", r".*", P()),  # norms, biases, A_log, dt_bias, counters
+    ("replicated", r".*", P()),  # norms, biases, A_log, dt_bias and other vectors, counters
 )
 REPLICATED_LIMIT = 2**16  # elements that the last rule takes without complaint
 
@@ -295,3 +299,9 @@ def current_batch_shards(batch: int) -> int:
         return 1
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     return shards if batch % shards == 0 else 1
+
+
+def tensor_shards() -> int:
+    """Size of the tensor axis of the mesh in force; 1 where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape.get("tensor", 1)

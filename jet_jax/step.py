@@ -28,7 +28,7 @@ from jet_jax.params import split
 
 # Not cast: gates that need float32, and the two weights that are cast where they are used. The
 # embedding's gradient is a scatter-add over tokens, which bfloat16 would round at every addition.
-KEEP_FLOAT32 = r"(^|\.)(A_log|dt_bias|embed_tokens\.embedding|lm_head\.kernel)$"
+KEEP_FLOAT32 = r"(^|\.)(A_log|dt_bias|D|embed_tokens\.embedding|lm_head\.kernel)$"
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -75,7 +75,8 @@ def abstract_model(config: ModelConfig, remat: str = "none") -> tuple[Any, dict]
 def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> dict:
     """Random float32 weights, each made where it will lie; equal on every mesh.
 
-    One program a kind of layer makes all layers of that kind: compiling all in one takes minutes.
+    One program makes all layers of a kind that have the same weights: compiling all in one takes
+    minutes.
 
     Args:
       config: the model.
@@ -90,14 +91,17 @@ def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> dict:
         model = HybridLM(config.replace(layer_types=config.layer_types[:1]), rngs=nnx.Rngs(key))
         return {name: part for name, part in split(model)[1].items() if name != "layers"}
 
-    def layer(key, kind):
-        return split(Block(config, kind, rngs=nnx.Rngs(key)))[1]
+    def layer(key, index, kind, first):
+        return split(Block(config, kind, rngs=nnx.Rngs(key), place=Place(index, first)))[1]
 
     makers, layers = {}, {}
     for i, kind in enumerate(config.layer_types):
-        if kind not in makers:
-            makers[kind] = jax.jit(partial(layer, kind=kind), out_shardings=layer_shardings[i])
-        layers[i] = makers[kind](jax.random.fold_in(key, i))
+        # The first layer of a kind may have other weights than the later ones.
+        sort = kind, jax.tree.structure(layer_shardings[i])
+        if sort not in makers:
+            make = partial(layer, kind=kind, first=config.is_first(i))
+            makers[sort] = jax.jit(make, out_shardings=layer_shardings[i])
+        layers[i] = makers[sort](jax.random.fold_in(key, i), i)
     key = jax.random.fold_in(key, config.num_layers)
     made = jax.jit(outside, out_shardings=where)(key) | {"layers": layers}
     return {name: made[name] for name in (*where, "layers")}

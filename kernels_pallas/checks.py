@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 def check_array(sizes: dict[str, int], name: str, array: jax.Array, dims: str) -> None:
@@ -53,3 +54,46 @@ def check_same_dtype(**arrays: jax.Array) -> None:
     if len({array.dtype for array in arrays.values()}) > 1:
         listed = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
         raise ValueError(f"expected one dtype, got {listed}; cast them to the same dtype")
+
+
+def check_heads(sizes: dict[str, int]) -> None:
+    """Checks that value heads come in equal groups.
+
+    Raises:
+      ValueError: HV is not a multiple of H.
+    """
+    if sizes["HV"] % sizes["H"]:
+        raise ValueError(
+            f"v has HV={sizes['HV']} heads and q, k have H={sizes['H']}: HV must be a multiple of H"
+        )
+
+
+def check_sequence_options(
+    sizes: dict[str, int],
+    segment_ids: jax.Array | None,
+    chunk_size: int,
+    state_dtype: DTypeLike,
+) -> None:
+    """Checks what the operations over a sequence have in common.
+
+    Raises:
+      ValueError: no tokens, or bad segment_ids, chunk_size or state_dtype.
+    """
+    if sizes["T"] == 0:
+        raise ValueError("q has T=0 tokens, expected at least one")
+    if segment_ids is not None:
+        check_segment_ids(sizes, segment_ids)
+    if chunk_size not in (16, 32, 64, 128, 256):
+        raise ValueError(f"chunk_size={chunk_size}, expected 16, 32, 64, 128 or 256")
+    if not jnp.issubdtype(state_dtype, jnp.floating):
+        raise ValueError(f"state_dtype={state_dtype}, expected a floating-point dtype")
+
+
+def check_state_dtype(state: jax.Array) -> None:
+    """Checks the dtype of a decoding state.
+
+    Raises:
+      ValueError: it is none that a step can keep.
+    """
+    if state.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(f"state has dtype {state.dtype}, expected float32 or bfloat16")

@@ -11,6 +11,7 @@ def dispatch(
     implementations: Mapping[str, Callable[..., Any]],
     implementation: str | None,
     *args: Any,
+    kernels_on: tuple[str, ...] = ("gpu", "tpu"),
     **kwargs: Any,
 ) -> Any:
     """Calls one implementation of an operation.
@@ -22,6 +23,7 @@ def dispatch(
       implementation: the one to call, without any fallback; None takes the first that supports
         the arguments.
       *args: passed on.
+      kernels_on: platforms where None may take "pallas"; never a CPU, where it is interpreted.
       **kwargs: passed on.
 
     Returns:
@@ -46,7 +48,7 @@ def dispatch(
             ) from error
     reasons = []
     for name, function in implementations.items():
-        if name == "pallas" and platform() == "cpu":  # interpreted there
+        if name == "pallas" and platform() not in kernels_on:
             continue
         try:
             return function(*args, **kwargs)

@@ -73,7 +73,7 @@ def test_flops_are_those_of_the_compiler(layers, context):
     step = jax.jit(lambda p, t, c: nnx.merge(graphdef, p).forward(t, cache=c))
     compiler = step.lower(params, token, cache).cost_analysis()["flops"]
     # The last token of a sequence sees every key, the mean token of the formula half of them.
-    mean = sum(config.options(kind).mixing_flops(context) for kind in layers)
+    mean = sum(config.options(kind).mixing_flops(context, 128) for kind in layers)
     last = mean
     if layers[0] != "jet":
         last = sum(4 * 4 * 32 * context for _ in layers)

@@ -21,7 +21,8 @@ from jet_jax.sharding import make_mesh, shardings
 from jet_jax.weight_checks import fold_layers
 
 GOLDEN = Path(__file__).parent / "golden"
-MODELS = sorted(p.parent.name for p in GOLDEN.glob("*_small/config.json"))
+FOLDERS = [*GOLDEN.glob("*_small/config.json"), *GOLDEN.glob("fla/*/config.json")]
+MODELS = sorted(str(p.parent.relative_to(GOLDEN)) for p in FOLDERS)
 JET = GOLDEN / "jet_nemotron_small"
 
 

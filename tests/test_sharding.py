@@ -13,6 +13,7 @@ from jet_jax import params, sharding
 from jet_jax.config import ModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
+FOLDERS = sorted(str(p.parent.relative_to(GOLDEN)) for p in GOLDEN.glob("**/config.json"))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_constrain_inside_shard_map_does_nothing(mesh):
     np.testing.assert_array_equal(mapped(jnp.zeros((2, 1, 1))), 1)
 
 
-@pytest.mark.parametrize("folder", sorted(p.parent.name for p in GOLDEN.glob("*/config.json")))
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_every_weight_of_every_architecture_hits_a_named_rule(folder, mesh):
     config = ModelConfig.from_hf((GOLDEN / folder / "config.json").read_text())
     _, weights = params.abstract(config)

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jet_jax.bench.rows import QUICK, Function, Row
 from jet_jax.bench.timing import Ceilings, median_seconds
 
 Result = dict[str, Any]
+KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
 def choose(rows: Sequence[Row], patterns: Sequence[str], quick: bool) -> list[Row]:
@@ -51,7 +53,7 @@ def _compile(function: Function, inputs: Sequence[Any], donated: tuple[int, ...]
     try:
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
         return jax.jit(function, donate_argnums=donated).lower(*shapes).compile()
-    except (ValueError, jax.errors.JaxRuntimeError) as error:  # not for these sizes; no memory
+    except Exception as error:  # a row that does not compile is a line of the table, not its end
         return _one_line(error)
 
 
@@ -83,8 +85,10 @@ def run(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = {}
         for row in rows:
+            small = row.small()
+            for each in (row, small):
+                jobs["inputs", each.input_key] = pool.submit(_compile, each.inputs, (KEY,))
             for implementation in (*implementations, "reference"):
-                small = row.small()
                 job = (row.op, row.what, str(small.sizes), implementation)
                 if job not in jobs:
                     inputs = jax.eval_shape(small.inputs, jax.random.key(0))
@@ -109,9 +113,9 @@ def run(
                     job.result()
                 compiled = jobs[row.name, implementation].result()
                 result = _describe(row, implementation, ceilings)
-                yield result | _measure(
-                    row, compiled, [c.result() for c in checks], result, repeats
-                )
+                programs = [compiled, *(check.result() for check in checks)]
+                inputs = [jobs["inputs", each.input_key].result() for each in (row, small)]
+                yield result | _measure(row, programs, inputs, result, repeats)
 
 
 def _as_float32(inputs: Any) -> Any:
@@ -140,16 +144,31 @@ def _describe(row: Row, implementation: str, ceilings: Ceilings) -> Result:
     }
 
 
-def _measure(row: Row, compiled: Any, checks: list[Any], facts: Result, repeats: int) -> Result:
-    """Times the compiled row and compares its small companion with the reference."""
+def _measure(
+    row: Row, programs: list[Any], inputs: list[Any], facts: Result, repeats: int
+) -> Result:
+    """Times the compiled row and compares its small companion with the reference.
+
+    Args:
+      row: what is measured.
+      programs: the row, its small companion and the reference of that, compiled.
+      inputs: compiled, what makes the inputs of the row and of the small one.
+      facts: of the row.
+      repeats: as for `median_seconds`.
+
+    Returns:
+      The measured part of a result.
+    """
     missing = dict.fromkeys(("ms", "gb_s", "tflop_s", "fraction_of_floor", "error"))
-    for program in (compiled, *checks):
+    for program in (*programs, *inputs):
         if isinstance(program, str):
             return missing | {"note": program}
+    compiled, small, reference = programs
     try:
-        inputs = jax.jit(row.small().inputs)(jax.random.key(1))
-        error = max(relative_errors(checks[0](*inputs), checks[1](*_as_float32(inputs))))
-        each = seconds(row, compiled, repeats)
+        checked = inputs[1](jax.random.key(1))
+        errors = relative_errors(small(*checked), reference(*_as_float32(checked)))
+        del checked
+        each = seconds(row, compiled, repeats, inputs[0])
     except jax.errors.JaxRuntimeError as failure:
         return missing | {"note": _one_line(failure)}
     return {
@@ -157,14 +176,21 @@ def _measure(row: Row, compiled: Any, checks: list[Any], facts: Result, repeats:
         "gb_s": facts["bytes"] / each / 1e9,
         "tflop_s": facts["flops"] / each / 1e12,
         "fraction_of_floor": facts["floor_ms"] / (1e3 * each),
-        "error": error,
+        "error": float(np.max(errors)),  # NaN if one of them is
         "note": None,
     }
 
 
-def seconds(row: Row, compiled: Any, repeats: int) -> float:
-    """Times one call of the operation in a compiled row, on new inputs."""
-    inputs = list(jax.jit(row.inputs)(jax.random.key(0)))
+def seconds(row: Row, compiled: Any, repeats: int, make: Any = None) -> float:
+    """Times one call of the operation in a compiled row, on new inputs.
+
+    Args:
+      row: what is timed.
+      compiled: its program.
+      repeats: as for `median_seconds`.
+      make: makes the inputs from a random key; None compiles `row.inputs`.
+    """
+    inputs = list((make or jax.jit(row.inputs))(jax.random.key(0)))
 
     def call():
         out = compiled(*inputs)

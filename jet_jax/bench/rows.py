@@ -48,6 +48,11 @@ class Row(abc.ABC):
     def what(self) -> str:
         """What is done with the operation."""
 
+    @property
+    def input_key(self) -> tuple[str, ...]:
+        """Equal for rows with equal `inputs`, which are then compiled once."""
+        return self.op, self.what, str(self.sizes)
+
     @abc.abstractmethod
     def num_bytes(self) -> int:
         """Bytes that a call has to move."""

@@ -7,14 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-KINDS = {"kernels": "the kernels beside plain XLA and the hardware's floors"}
+KINDS = {
+    "kernels": "the kernels beside plain XLA and the hardware's floors",
+    "blocks": "the linear-attention blocks side by side, at equal state sizes",
+}
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "bench",
-        help="measure kernels on the device that is there",
+        help="measure kernels and layers on the device that is there",
         description="Measures on the device that is there.",
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
@@ -35,20 +38,39 @@ def add_parser(subparsers: Any) -> None:
     )
     kernels.add_argument("--quick", action="store_true", help="five rows only")
     kernels.add_argument("--list", action="store_true", help="print the rows and stop")
-    kernels.add_argument(
-        "--implementations",
+    blocks = kinds.add_parser(
+        "blocks",
+        help=KINDS["blocks"],
+        description="Times one layer of each linear-attention block at width 1536 with a state of "
+        "294,912 elements (an eighth of every width on a CPU): training tokens/s, the forward "
+        "pass, and the decoding step of its recurrence beside the traffic of the state.",
+    )
+    blocks.add_argument(
+        "--blocks",
         nargs="+",
-        choices=("pallas", "xla"),
-        help="what to time (default: both; on a CPU, where kernels are interpreted, xla)",
+        default=[],
+        metavar="NAME",
+        help="blocks to run, by name or pattern such as 'g*' (default: all)",
     )
-    kernels.add_argument(
-        "--repeats", type=int, default=5, help="batches of calls a time (default: %(default)s)"
+    blocks.add_argument(
+        "--quick", action="store_true", help="three blocks, training at one size and the step only"
     )
-    kernels.add_argument("--json", metavar="FILE", help="also write everything to a JSON file")
+    blocks.add_argument("--list", action="store_true", help="print the blocks' sizes and stop")
+    for kind, what in ((kernels, "what to time"), (blocks, "of the decoding step")):
+        kind.add_argument(
+            "--implementations",
+            nargs="+",
+            choices=("pallas", "xla"),
+            help=f"{what} (default: both; on a CPU, where kernels are interpreted, xla)",
+        )
+        kind.add_argument(
+            "--repeats", type=int, default=5, help="batches of calls a time (default: %(default)s)"
+        )
+        kind.add_argument("--json", metavar="FILE", help="also write everything to a JSON file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the benchmark; returns 0. Raises ValueError for a row or file that cannot be."""
+    """Runs the benchmark; returns 0. Raises ValueError for a name or file that cannot be."""
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats} must be at least 1")
     if args.json:
@@ -60,9 +82,13 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--json {path} {reason}")
     import jax
 
+    is_cpu = jax.default_backend() == "cpu"
+    if args.kind == "blocks":
+        from jet_jax.bench import blocks
+
+        return _blocks(args, blocks.choose(blocks.all_blocks(is_cpu), args.blocks, args.quick))
     from jet_jax.bench import kernels, rows
 
-    is_cpu = jax.default_backend() == "cpu"
     chosen = kernels.choose(rows.all_rows(small=is_cpu), args.rows, args.quick)
     if args.list:
         for row in chosen:
@@ -75,43 +101,92 @@ def _sizes(sizes: dict[str, int]) -> str:
     return " ".join(f"{dim}{size}" for dim, size in sizes.items())
 
 
-def _kernels(args: argparse.Namespace, chosen: list[Any], is_cpu: bool) -> int:
-    import jax
+def _console() -> Any:
     from rich.console import Console
-
-    from jet_jax.bench import kernels, timing
 
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe has room
         console = Console(highlight=False, width=120)
+    return console
+
+
+def _start(args: argparse.Namespace, is_cpu: bool) -> tuple[Any, dict[str, Any]]:
+    """The ceilings, measured, and the part of a report that says where and how."""
+    import jax
+
+    from jet_jax.bench import timing
+
     ceilings = timing.measure_ceilings(small=is_cpu, repeats=args.repeats)
-    device = jax.devices()[0]
-    title = (
-        f"{device.device_kind}, jax {jax.__version__}: copy {ceilings.copy_gb_s:,.0f} GB/s, "
-        f"bfloat16 product {ceilings.matmul_tflop_s:.3g} TFLOP/s"
+    return ceilings, {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "copy_gb_s": ceilings.copy_gb_s,
+        "matmul_tflop_s": ceilings.matmul_tflop_s,
+        "how": timing.HOW,
+    }
+
+
+def _title(report: dict[str, Any]) -> str:
+    return (
+        f"{report['device']}, jax {report['jax']}: copy {report['copy_gb_s']:,.0f} GB/s, "
+        f"bfloat16 product {report['matmul_tflop_s']:.3g} TFLOP/s"
     )
+
+
+def _write(path: str | None, report: dict[str, Any]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _blocks(args: argparse.Namespace, chosen: list[Any]) -> int:
+    import jax
+
+    from jet_jax.bench import block_runs, block_tables
+
+    console, is_cpu = _console(), jax.default_backend() == "cpu"
+    console.print(block_tables.sizes_table(chosen))
+    if args.list:
+        return 0
+    implementations = args.implementations or (["xla"] if is_cpu else ["pallas", "xla"])
+    total = sum(
+        block_runs.num_results(block, implementations, is_cpu, args.quick) for block in chosen
+    )
+    results: list[dict[str, Any]] = []
+    with console.status("measuring the device") as status:
+        ceilings, report = _start(args, is_cpu)
+        report |= {"how": f"{report['how']} {block_runs.HOW}"}
+        report |= {"blocks": [block.facts() for block in chosen], "rows": results, "ratios": {}}
+        status.update(f"compiling {chosen[0].name}")
+        for result in block_runs.run(
+            chosen, implementations, ceilings, args.repeats, small=is_cpu, quick=args.quick
+        ):
+            results.append(result)
+            report["ratios"] = block_runs.ratios(results)
+            _write(args.json, report)  # so that a run that is stopped leaves what it has
+            status.update(f"{len(results)} of {total} measured, last {result['name']}")
+    console.print(block_tables.layers_table(_title(report), chosen, results))
+    console.print(block_tables.steps_table(chosen, results))
+    console.print(report["how"])
+    return 0
+
+
+def _kernels(args: argparse.Namespace, chosen: list[Any], is_cpu: bool) -> int:
+    from jet_jax.bench import kernels
+
+    console = _console()
+    ceilings, report = _start(args, is_cpu)
     implementations = args.implementations or (["xla"] if is_cpu else ["pallas", "xla"])
     results = []
     with console.status("compiling") as status:
         for result in kernels.run(chosen, implementations, ceilings, args.repeats):
             results.append(result)
             status.update(f"{len(results)} of {len(chosen) * len(implementations)} measured")
-    growth = kernels.growth(results)
-    console.print(_table(title, results))
-    for key, factor in growth.items():
+    report |= {"rows": results, "growth": kernels.growth(results)}
+    console.print(_table(_title(report), results))
+    for key, factor in report["growth"].items():
         console.print(f"From the shortest to the longest T at equal B·T, {key}: {factor:.2f}×")
-    console.print(timing.HOW)
-    if args.json:
-        report = {
-            "device": device.device_kind,
-            "jax": jax.__version__,
-            "copy_gb_s": ceilings.copy_gb_s,
-            "matmul_tflop_s": ceilings.matmul_tflop_s,
-            "how": timing.HOW,
-            "rows": results,
-            "growth": growth,
-        }
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    console.print(report["how"])
+    _write(args.json, report)
     return 0
 
 

@@ -99,8 +99,8 @@ def parameter_groups(config: ModelConfig) -> dict[str, int]:
     out = {"embedding": embedding}
     if not config.tie_word_embeddings:
         out["head"] = embedding
-    for kind, count in Counter(config.layer_types).items():
-        out[f"{kind} mixers"] = count * config.options(kind).param_count(config.hidden_size)
+    for kind in Counter(config.layer_types):
+        out[f"{kind} mixers"] = config.mixer_params(kind)
     out["MLPs"] = config.num_layers * mlp
     out["norms"] = config.param_count() - sum(out.values())
     return out

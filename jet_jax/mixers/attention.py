@@ -13,7 +13,7 @@ from jet_jax.cache import KVState, WindowState
 from jet_jax.config import ModelConfig
 from jet_jax.mixer_options import AttentionOptions
 from jet_jax.mixers import attend
-from jet_jax.mixers.context import Context
+from jet_jax.mixers.context import FIRST_LAYER, Context, Place
 from jet_jax.models.linear import linear
 from jet_jax.models.norm import RMSNorm
 from jet_jax.models.rope import apply_rope
@@ -33,7 +33,9 @@ class Attention(nnx.Module):
         *,
         rngs: nnx.Rngs,
         param_dtype: Any = jnp.float32,
+        place: Place = FIRST_LAYER,
     ):
+        del place  # all layers are alike
         self.options = options
         d, width = options.head_dim, config.hidden_size
         make = partial(

@@ -1,4 +1,4 @@
-"""What every mixer is told beside its input."""
+"""What every mixer is told beside its input: where it stands, and with what it is called."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import dataclasses
 from typing import Any
 
 import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where in the model a mixer stands, which some initialisations and weights depend on.
+
+    Attributes:
+      index: the layer's number, counted from 0; may be traced.
+      first: whether no layer before it is of the same type.
+    """
+
+    index: Any = 0
+    first: bool = True
+
+
+FIRST_LAYER = Place()
 
 
 @jax.tree_util.register_dataclass

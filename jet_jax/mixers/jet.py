@@ -25,7 +25,8 @@ from jaxtyping import Array, Float
 from jet_jax.cache import JetState
 from jet_jax.config import ModelConfig
 from jet_jax.mixer_options import JetOptions
-from jet_jax.mixers.context import Context
+from jet_jax.mixers.context import FIRST_LAYER, Context, Place
+from jet_jax.mixers.decay import initial_a_log, initial_dt_bias
 from jet_jax.models.linear import linear, precision
 from jet_jax.models.norm import GatedRMSNorm
 from jet_jax.sharding import constrain, shard_kernel
@@ -101,15 +102,6 @@ class KernelGenerator(nnx.Module):
         return jax.nn.silu(jnp.dot(x, w1, precision=precision(self.dtype)))
 
 
-def _initial_decay(rngs: nnx.Rngs, heads: int) -> tuple[jax.Array, jax.Array]:
-    """`A_log` and `dt_bias`: A ~ U(0, 16), step sizes log-uniform in [0.001, 0.1]."""
-    # The lower bound keeps log(A) finite.
-    a = jax.random.uniform(rngs.params(), (heads,), minval=1e-3, maxval=16.0)
-    log_dt = jax.random.uniform(rngs.params(), (heads,), minval=jnp.log(1e-3), maxval=jnp.log(0.1))
-    dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
-    return jnp.log(a), dt + jnp.log(-jnp.expm1(-dt))  # the inverse of softplus
-
-
 class JetBlock(nnx.Module):
     """The mixer described at the top of this file."""
 
@@ -120,7 +112,9 @@ class JetBlock(nnx.Module):
         *,
         rngs: nnx.Rngs,
         param_dtype: Any = jnp.float32,
+        place: Place = FIRST_LAYER,
     ):
+        del place  # all layers are alike
         self.options = options
         self.state_dtype = config.state_dtype
         width, o = config.hidden_size, options
@@ -139,10 +133,9 @@ class JetBlock(nnx.Module):
         self.a_proj = make(width, o.num_heads)
         self.o_proj = make(o.value_width, width)
         self.generator = KernelGenerator(width, o, **formats)
-        a_log, dt_bias = _initial_decay(rngs, o.num_heads)
-        # Always float32, whatever the model's dtype: they sit inside two exponentials.
-        self.A_log = nnx.Param(a_log)
-        self.dt_bias = nnx.Param(dt_bias)
+        # The published A ~ U(0, 16), kept away from 0 so that its logarithm is finite.
+        self.A_log = nnx.Param(initial_a_log(rngs, o.num_heads, 1e-3, 16.0))
+        self.dt_bias = nnx.Param(initial_dt_bias(rngs, o.num_heads))
         self.o_norm = GatedRMSNorm(o.value_dim, o.norm_eps, param_dtype=param_dtype)
 
     def _gates(self, x: Float[Array, "B T D"]) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jet_jax.config import ModelConfig
 from jet_jax.mixers import MIXERS
-from jet_jax.mixers.context import Context
+from jet_jax.mixers.context import FIRST_LAYER, Context, Place
 from jet_jax.models.mlp import MLP
 from jet_jax.models.norm import RMSNorm
 from jet_jax.sharding import constrain
@@ -25,7 +25,13 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32
+        self,
+        config: ModelConfig,
+        kind: str,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+        place: Place = FIRST_LAYER,
     ):
         norm = partial(
             RMSNorm,
@@ -36,7 +42,9 @@ class Block(nnx.Module):
         )
         self.use_post_norms = config.use_post_norms
         self.input_layernorm = norm()
-        self.mixer = MIXERS[kind](config, config.options(kind), rngs=rngs, param_dtype=param_dtype)
+        self.mixer = MIXERS[kind](
+            config, config.options(kind), rngs=rngs, param_dtype=param_dtype, place=place
+        )
         self.post_attention_layernorm = norm()
         if self.use_post_norms:
             self.pre_feedforward_layernorm = norm()

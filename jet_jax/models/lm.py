@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jet_jax.cache import Cache, max_length
 from jet_jax.config import ModelConfig
-from jet_jax.mixers.context import Context
+from jet_jax.mixers.context import Context, Place
 from jet_jax.models.block import Block
 from jet_jax.models.linear import linear, precision
 from jet_jax.models.norm import RMSNorm
@@ -67,7 +67,16 @@ class HybridLM(nnx.Module):
             rngs=rngs,
         )
         self.layers = nnx.List(
-            [Block(config, kind, rngs=rngs, param_dtype=param_dtype) for kind in config.layer_types]
+            [
+                Block(
+                    config,
+                    kind,
+                    rngs=rngs,
+                    param_dtype=param_dtype,
+                    place=Place(i, config.is_first(i)),
+                )
+                for i, kind in enumerate(config.layer_types)
+            ]
         )
         self.norm = RMSNorm(
             config.hidden_size,

@@ -14,7 +14,6 @@ Where a batch has few heads, T is cut into segments that walk side by side (comp
 `axis_name` the same composition crosses devices.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -29,7 +28,13 @@ from kernels_pallas.gated_delta_rule.gates import bordered, from_rows, gate_rows
 from kernels_pallas.gated_delta_rule.kernel_math import Scores
 from kernels_pallas.gated_delta_rule.layout import for_kernel
 from kernels_pallas.gated_delta_rule.scores import scores
-from kernels_pallas.segments import segment_ordinals
+from kernels_pallas.gated_delta_rule.segmented import (
+    by_row,
+    by_segment,
+    count_segments,
+    ordinals_over_devices,
+    pad_time,
+)
 
 INVERSE = "gated_delta_rule_inverse"  # the name that remat policies know T by
 V_UNIT = 64  # columns of V that a GPU's tensor cores take at a time
@@ -72,12 +77,13 @@ def gated_delta_rule_pallas(
 
     ordinals = before = None
     if segment_ids is not None and axis_name is not None:
-        ordinals, before = _ordinals_over_devices(segment_ids, axis_name)
+        ordinals, before = ordinals_over_devices(segment_ids, axis_name)
     g, beta = bordered(g, beta, segment_ids, ordinals, before)
     # Padding changes nothing: β = 0 writes nothing, g = 0 decays nothing.
-    segments = _segments(batch * heads, width, length, blocks)
+    programs = batch * heads * -(-width // (blocks.v_block or width))
+    segments = count_segments(programs, length, enough=blocks.enough, most=blocks.programs)
     unit = CHUNK * segments * max(blocks.chunks, blocks.walk_chunks)
-    q, k, v, g, beta = (_pad_time(x, -length % unit) for x in (q, k, v, g, beta))
+    q, k, v, g, beta = (pad_time(x, -length % unit) for x in (q, k, v, g, beta))
     missing = -width % V_UNIT if platform != "tpu" else 0
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, missing)))
     # Segments become rows of the batch.
@@ -114,41 +120,6 @@ def check_supported(q: jax.Array, v: jax.Array, chunk_size: int) -> None:
         raise NotImplementedError(f"V={width}: the kernels take multiples of 16 from 64 to 1024")
 
 
-def _pad_time(x: jax.Array, count: int) -> jax.Array:
-    return x if count == 0 else jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2))
-
-
-def _ordinals_over_devices(segment_ids: jax.Array, axis_name: str) -> tuple[jax.Array, jax.Array]:
-    """Numbers a row's segments over all devices, and tells the number before this device's part."""
-    length = segment_ids.shape[1]
-    whole = jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
-    ordinals = jnp.pad(segment_ordinals(whole), ((0, 0), (1, 0)))
-    start = jax.lax.axis_index(axis_name) * length
-    own = jax.lax.dynamic_slice_in_dim(ordinals, start, length + 1, axis=1)
-    return own[:, 1:], own[:, 0]
-
-
-def _segments(rows: int, width: int, length: int, blocks: Blocks) -> int:
-    """Number of segments that fill the device, a power of two, each 32 chunks long or more."""
-    programs = rows * math.ceil(width / (blocks.v_block or width))
-    segments = 1
-    if programs >= blocks.enough:
-        return segments
-    while 2 * segments * programs <= blocks.programs and length >= 2 * segments * 32 * CHUNK:
-        segments *= 2
-    return segments
-
-
-def _by_segment(x: jax.Array, segments: int) -> jax.Array:
-    """Brings [B·S, ...] to [S, B, ...]."""
-    return jnp.swapaxes(x.reshape(-1, segments, *x.shape[1:]), 0, 1)
-
-
-def _by_row(x: jax.Array) -> jax.Array:
-    """Brings [S, B, ...] to [B·S, ...]."""
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-
-
 def _initial_states(options: Options, q, k, v, s: Scores, from_start, state):
     """Returns the state before every segment, the one after all, and the segments' transitions."""
     run = drivers.kernels(options.driver)
@@ -161,7 +132,7 @@ def _initial_states(options: Options, q, k, v, s: Scores, from_start, state):
     eye = jnp.pad(jnp.eye(key_width, dtype=jnp.float32), ((0, unit), (0, 0)))
     eye = jnp.broadcast_to(eye, (rows, heads, *eye.shape))
     x = run.walk("homogeneous", q, k, v, s, from_start, eye, blocks=options.blocks).last
-    x, n = (_by_segment(y, options.segments) for y in (x[:, :, :key_width], n))
+    x, n = (by_segment(y, options.segments) for y in (x[:, :, :key_width], n))
     if options.axis_name is None:
         before, last = compose.states_before(x, n, state)
         return before, last, x
@@ -201,7 +172,7 @@ def _forward(options: Options, q, k, v, g, beta, state):
     initial = state
     if _is_split(options):
         before, last, x = _initial_states(options, q, k, v, s, from_start, state)
-        initial = _by_row(before)
+        initial = by_row(before)
         split = (initial, x)
     out = run.walk("output", q, k, v, s, from_start, initial, blocks=options.blocks)
     last = out.last if last is None else last
@@ -258,17 +229,17 @@ def _last_gradients(options: Options, q, k, do, s: Scores, from_start, dlast, x)
     run = drivers.kernels(options.driver)
     zeros = jnp.zeros((do.shape[0], *dlast.shape[1:]), jnp.float32)
     n = run.walk_back(q, k, do, s, from_start, zeros, store=False, blocks=options.blocks).first
-    n = _by_segment(n, options.segments)
+    n = by_segment(n, options.segments)
     if options.axis_name is None:
         after, first = compose.gradients_after(x, n, dlast)
-        return _by_row(after), first
+        return by_row(after), first
     # Every device returned the last state, so its gradient is the sum of theirs.
     dlast = jax.lax.psum(dlast, options.axis_name)
     whole = compose.compose(x, n)[0], compose.gradients_after(x, n, jnp.zeros_like(dlast))[1]
     after, first = compose.gradients_after(*jax.lax.all_gather(whole, options.axis_name), dlast)
     own = jax.lax.dynamic_index_in_dim(after, jax.lax.axis_index(options.axis_name), 0, False)
     after = compose.gradients_after(x, n, own)[0]
-    return _by_row(after), compose.on_first_device(first, options.axis_name)
+    return by_row(after), compose.on_first_device(first, options.axis_name)
 
 
 def _outputs(options: Options, q, k, v, g, beta, state):

@@ -36,6 +36,12 @@ from jaxtyping import Array, Float
 from kernels_pallas import backend
 from kernels_pallas.gated_delta_rule.blocks import StepBlocks, find_step_blocks
 from kernels_pallas.gated_delta_rule.step_math import row_values, step_values
+from kernels_pallas.step_state import (
+    check_step_supported,
+    heads_a_program,
+    inside_mask,
+    shape_of,
+)
 
 
 def _gpu_body(
@@ -44,7 +50,7 @@ def _gpu_body(
     """One block of columns of one head's state."""
     g_ref, (s_ref, o_ref, new_ref) = refs[0] if has_decay else None, refs[-3:]
     v_block = s_ref.shape[1]
-    inside = functools.partial(_inside, start=pl.program_id(2) * v_block, width=width)
+    inside = functools.partial(inside_mask, start=pl.program_id(2) * v_block, width=width)
     parts = [pl.ds(i, part) for i in range(0, k_ref.shape[0], part)]
     tiles = [
         pltriton.load(s_ref.at[p, :], mask=inside((part, v_block))).astype(jnp.float32)
@@ -65,13 +71,6 @@ def _gpu_body(
         pltriton.store(new_ref.at[p, :], tile, mask=inside(tile.shape))
     o = jnp.sum(o, axis=0).astype(o_ref.dtype)
     pltriton.store(o_ref, o, mask=inside(o.shape))
-
-
-def _inside(shape: tuple[int, ...], *, start: jax.Array, width: int) -> jax.Array | None:
-    """Returns which columns of a block exist; None where blocks divide V and so all do."""
-    if width % shape[-1] == 0:
-        return None
-    return start + jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < width
 
 
 def _tpu_body(q_ref, k_ref, v_ref, beta_ref, *refs, repeats: int, has_decay: bool, options: dict):
@@ -116,7 +115,7 @@ def step_pallas(
     blocks: StepBlocks | None = None,
 ) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV K V"]]:
     """Takes one step in one kernel; `blocks` overrides the table of blocks.py."""
-    _check_supported(q, v, state)
+    check_step_supported(q, v, state)
     batch, heads, key_width, width = state.shape
     if blocks is None:
         blocks = find_step_blocks(batch * heads, key_width, width, state.dtype)
@@ -126,21 +125,6 @@ def step_pallas(
     }
     call = _on_tpu if backend.platform() == "tpu" else _on_gpu
     return call(q, k, v, g, beta, state, blocks, options)
-
-
-def _check_supported(q: jax.Array, v: jax.Array, state: jax.Array) -> None:
-    """Raises NotImplementedError, with the reason, for what the kernel does not take."""
-    if state.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"state is {state.dtype}: the kernel takes bfloat16 or float32")
-    if v.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"q, k and v are {v.dtype}: the kernel takes bfloat16 or float32")
-    key_width, width = q.shape[-1], v.shape[-1]
-    if key_width % 32 or not 32 <= key_width <= 256:
-        raise NotImplementedError(
-            f"q and k have K={key_width}: the kernel takes multiples of 32 up to 256"
-        )
-    if width % 16 or width > 1024:
-        raise NotImplementedError(f"v has V={width}: the kernel takes multiples of 16 up to 1024")
 
 
 def _on_gpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
@@ -167,7 +151,7 @@ def _on_gpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
         grid=(batch, heads, pl.cdiv(width, v_block)),
         in_specs=[wide, wide, row, *(gate for _ in gates), tile],
         out_specs=[row, tile],
-        out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype), _like(state)],
+        out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype), shape_of(state)],
         num_warps=blocks.warps,
         aliases={3 + len(gates): 1},
     )(q, k, v, *gates, state)
@@ -197,33 +181,7 @@ def _on_tpu(q, k, v, g, beta, state, blocks: StepBlocks, options):
         grid=(batch, heads // taken),
         in_specs=[wide, wide, row, *(gate for _ in gates), tile],
         out_specs=[row, tile],
-        out_shape=[jax.ShapeDtypeStruct((batch, heads, 1, width), v.dtype), _like(state)],
+        out_shape=[jax.ShapeDtypeStruct((batch, heads, 1, width), v.dtype), shape_of(state)],
         aliases={3 + len(gates): 1},
     )(q[:, :, None], k[:, :, None], v[:, :, None], *(x[:, None] for x in gates), state)
     return o[:, :, 0], new_state
-
-
-def heads_a_program(state: jax.Array, repeats: int, limit: int) -> int:
-    """Returns how many heads a program takes on a TPU.
-
-    Args:
-      state: [B, HV, K, V].
-      repeats: value heads that share a query and key head.
-      limit: bytes of states a program may take.
-
-    Returns:
-      The largest divisor of HV within the limit that is whole groups of `repeats` heads or an equal
-      part of one, so that every program's queries are one block; at least 1.
-    """
-    heads = state.shape[1]
-    one = state.shape[2] * state.shape[3] * state.dtype.itemsize
-    fitting = [
-        n
-        for n in range(1, heads + 1)
-        if heads % n == 0 and (n % repeats == 0 or repeats % n == 0) and n * one <= limit
-    ]
-    return max(fitting, default=1)
-
-
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -10,6 +10,8 @@ import importlib.util
 
 import compile_cases_conv
 import compile_cases_gdr
+import compile_cases_kda_dplr
+import compile_cases_linear_attention
 import compile_cases_step
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionS
 
 from kernels_pallas import backend
 
-MODULES = (compile_cases_gdr, compile_cases_step, compile_cases_conv)
+MODULES = (
+    compile_cases_gdr,
+    compile_cases_kda_dplr,
+    compile_cases_linear_attention,
+    compile_cases_step,
+    compile_cases_conv,
+)
 CASES = {name: case for module in MODULES for name, *case in module.CASES}
 WIDTHS = {name: case for module in MODULES for name, *case in module.WIDTHS}
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

@@ -1,0 +1,23 @@
+"""Sizes of the blocks of KDA's and the DPLR rule's kernels, by platform and shape."""
+
+import dataclasses
+
+from kernels_pallas.gated_delta_rule.blocks import TPU, Blocks
+
+# Compiled for an H100 without spills in the walks, never timed.
+GPU = Blocks(scores=(8, 1), walk=(4, 2), states=(4, 2), back=(4, 1), gradients=(8, 1))
+WIDE = dataclasses.replace(GPU, walk=(4, 1), states=(4, 1))
+
+
+def find_blocks(platform: str, key_width: int) -> Blocks:
+    """Returns the blocks for a platform and a head's key width."""
+    if platform == "tpu":
+        return TPU
+    return GPU if key_width <= 128 else WIDE
+
+
+def part_width(platform: str, key_width: int) -> int:
+    """Returns how many columns of K the kernels without a walk take at a time."""
+    if platform == "tpu":
+        return key_width
+    return 64 if key_width % 64 == 0 else 32

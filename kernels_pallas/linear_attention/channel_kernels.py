@@ -1,0 +1,231 @@
+"""Kernels of one decay a key channel: terms of all chunks, and the gradients of q, k and g.
+
+    Q̂ = scale q e^G    K_e = k e^{G_C − G}    Y_tj = scale q_tᵀ e^{G_t − G_j} k_j, j <= t
+
+and from X = dO Vᵀ, dQ̂ = dO Sᵀ, dK_e = V dS'ᵀ and the gradient rowsum(S ∘ dS') of e^{G_C}, those of
+q, k and g (vector_decay_math.py has both). One program takes one chunk of one value head on a GPU,
+eight on a TPU, and K a few channels at a time, which bounds what is held in registers: the channels
+meet only in the sum that is Y.
+
+Read by the terms: q, k and g (8 bytes a channel and token in bfloat16); written: Q̂ and K_e (4) and
+Y (128 a token and head). Arithmetic: for each of the 6 levels two products of [C, C] with [C, K]
+and one over K, so the tensor cores have more to do here than the memory. The gradients read dO, V,
+S and dS' besides, dO and V from L2 for all channels but the first.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas import backend
+from kernels_pallas.backend import NN, NT, matmul
+from kernels_pallas.gated_delta_rule.kernel_math import indices
+from kernels_pallas.gated_delta_rule.layout import Layout, row_shape, span
+from kernels_pallas.linear_attention.blocks import CHUNK, Blocks
+from kernels_pallas.linear_attention.kernel_terms import Terms
+from kernels_pallas.vector_decay_math import (
+    Masks,
+    channel_gradients,
+    channel_scores,
+    decay_masks,
+    end_factors,
+)
+
+
+def _loop(steps: int, add: Any, sums: Any) -> Any:
+    return add(0, sums) if steps == 1 else jax.lax.fori_loop(0, steps, add, sums)
+
+
+def _mask_spec() -> Masks:
+    square = pl.BlockSpec((CHUNK, CHUNK), lambda *_: (0, 0))
+    stack = pl.BlockSpec((CHUNK.bit_length() - 1, CHUNK, CHUNK), lambda *_: (0, 0, 0))
+    return Masks(square, square, square, square, stack, stack, stack)
+
+
+def _terms_body(q_ref, k_ref, g_ref, masks, out: Terms, *, chunks, channels, scale):
+    def chunk(n, carry):
+        rows = span(n, CHUNK)
+
+        def add(step, scores):
+            part = span(step, channels)
+            q, k = (ref[rows, part].astype(jnp.float32) for ref in (q_ref, k_ref))
+            q, g = q * scale, g_ref[rows, part]
+            ends = end_factors(g, masks)
+            out.read[rows, part] = (q * ends.from_start).astype(out.read.dtype)
+            out.write[rows, part] = (k * ends.to_end).astype(out.write.dtype)
+            out.whole[pl.ds(n, 1), part] = ends.whole
+            return scores + channel_scores(q, k, g, masks)
+
+        scores = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+        scores = _loop(q_ref.shape[-1] // channels, add, scores)
+        out.scores[rows, :] = scores.astype(out.scores.dtype)
+        return carry
+
+    _loop(chunks, chunk, 0)
+
+
+def channel_terms(
+    q: jax.Array, k: jax.Array, g: jax.Array, *, scale: float, blocks: Blocks
+) -> Terms:
+    """Computes every chunk's `Terms`.
+
+    Args:
+      q: queries in the kernels' layout.
+      k: keys likewise.
+      g: log decays likewise, float32.
+      scale: factor on the queries.
+      blocks: sizes.
+    """
+    batch, heads, length, width, layout, n = _sizes(q, g, blocks)
+    keys, own = layout.rows(n * CHUNK, width, value_head=False), layout.rows(n * CHUNK, width)
+    rows = row_shape(batch, length, heads, width, q.dtype)
+    scores = jax.ShapeDtypeStruct((batch, heads, length, CHUNK), q.dtype)
+    whole = jax.ShapeDtypeStruct((batch, heads, length // CHUNK, width), jnp.float32)
+    matrix, row = layout.per_chunk(n * CHUNK, CHUNK), layout.per_chunk(n, width)
+    (out,) = backend.pallas(
+        functools.partial(_terms_body, chunks=n, channels=blocks.channels or width, scale=scale),
+        name="linear_attention_channel_terms",
+        grid=(batch, heads, length // (n * CHUNK)),
+        in_specs=[keys, keys, own, _mask_spec()],
+        out_specs=[Terms(own, None, own, None, matrix, row)],
+        out_shape=[Terms(rows, None, rows, None, scores, whole)],
+        fastest_first=(1, 2, 0),
+        num_warps=blocks.terms[0],
+        num_stages=blocks.terms[1],
+    )(q, k, g, decay_masks(CHUNK, q.dtype))
+    return out
+
+
+def _sizes(q: jax.Array, g: jax.Array, blocks: Blocks):
+    on_tpu = backend.platform() == "tpu"
+    batch, first, second, width = g.shape
+    heads, length = (first, second) if on_tpu else (second, first)
+    layout = Layout(heads // q.shape[1 if on_tpu else 2], lambda i: i)
+    return batch, heads, length, width, layout, blocks.chunks
+
+
+class ChannelOutputs(NamedTuple):
+    """Gradients for each value head, in the kernels' layout."""
+
+    q: Any
+    k: Any
+    g: Any
+
+
+def _gradients_body(
+    q_ref,
+    k_ref,
+    g_ref,
+    masks,
+    v_ref,
+    do_ref,
+    states_ref,
+    dstates_ref,
+    out: ChannelOutputs,
+    *,
+    chunks,
+    channels,
+    v_step,
+    scale,
+):
+    steps = v_ref.shape[-1] // v_step
+
+    def chunk(n, carry):
+        rows = span(n, CHUNK)
+
+        def add_pairs(step, total):
+            columns = span(step, v_step)
+            return total + matmul(do_ref[rows, columns], v_ref[rows, columns], NT)
+
+        i, j = indices(CHUNK)
+        pairs = _loop(steps, add_pairs, jnp.zeros((CHUNK, CHUNK), jnp.float32))
+        pairs = jnp.where(i >= j, pairs, 0.0).astype(q_ref.dtype)
+
+        def some_channels(step, carry):
+            part = span(step, channels)
+
+            def add_states(step, sums):
+                reads, writes, inner = sums
+                columns = span(step, v_step)
+                state, dstate = states_ref[n, columns, part], dstates_ref[n, columns, part]
+                products = state.astype(jnp.float32) * dstate.astype(jnp.float32)
+                return (
+                    reads + matmul(do_ref[rows, columns], state, NN),
+                    writes + matmul(v_ref[rows, columns], dstate, NN),
+                    inner + jnp.sum(products, axis=0)[None, :],
+                )
+
+            zeros = jnp.zeros((CHUNK, channels), jnp.float32)
+            sums = zeros, zeros, jnp.zeros((1, channels), jnp.float32)
+            reads, writes, inner = _loop(steps, add_states, sums)
+
+            def inputs():
+                q, k = (ref[rows, part].astype(jnp.float32) for ref in (q_ref, k_ref))
+                return q * scale, k, g_ref[rows, part]
+
+            found = channel_gradients(inputs, pairs, reads, writes, inner, masks)
+            out.q[rows, part] = (found.q * scale).astype(out.q.dtype)
+            out.k[rows, part] = found.k.astype(out.k.dtype)
+            out.g[rows, part] = found.g
+            return carry
+
+        return _loop(q_ref.shape[-1] // channels, some_channels, carry)
+
+    _loop(chunks, chunk, 0)
+
+
+def channel_kernel_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    g: jax.Array,
+    v: jax.Array,
+    do: jax.Array,
+    states: jax.Array,
+    dstates: jax.Array,
+    *,
+    scale: float,
+    blocks: Blocks,
+    dtype: Any,
+) -> ChannelOutputs:
+    """Computes the gradients of q, k and g for each value head.
+
+    Args:
+      q: queries in the kernels' layout.
+      k: keys likewise.
+      g: log decays likewise, float32.
+      v: values likewise.
+      do: gradient of o likewise.
+      states: transposed states before each chunk [B, HV, N, V, K].
+      dstates: gradients of the transposed states after each chunk, likewise.
+      scale: factor on the queries.
+      blocks: sizes.
+      dtype: of the gradients of q and k.
+    """
+    batch, heads, length, key_width, layout, n = _sizes(q, g, blocks)
+    width = states.shape[3]
+    keys = layout.rows(n * CHUNK, key_width, value_head=False)
+    own = layout.rows(n * CHUNK, key_width)
+    values, state = layout.rows(n * CHUNK, width), layout.per_chunk(n, width, key_width)
+    rows = row_shape(batch, length, heads, key_width, dtype)
+    decays = row_shape(batch, length, heads, key_width, jnp.float32)
+    (out,) = backend.pallas(
+        functools.partial(
+            _gradients_body,
+            chunks=n,
+            channels=blocks.channels or key_width,
+            v_step=blocks.v_step or width,
+            scale=scale,
+        ),
+        name="linear_attention_channel_gradients",
+        grid=(batch, heads, length // (n * CHUNK)),
+        in_specs=[keys, keys, own, _mask_spec(), values, values, state, state],
+        out_specs=[ChannelOutputs(own, own, own)],
+        out_shape=[ChannelOutputs(rows, rows, decays)],
+        fastest_first=(1, 2, 0),
+        num_warps=blocks.channel_gradients[0],
+        num_stages=blocks.channel_gradients[1],
+    )(q, k, g, decay_masks(CHUNK, q.dtype), v, do, states, dstates)
+    return out
