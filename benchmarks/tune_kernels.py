@@ -46,16 +46,20 @@ class Space:
       table: name of the function in it that does.
       fields: values by field, in the order in which they are tried.
       applies: whether a look-up with these arguments is the one to tune.
+      fixed: fields that have these values while it is measured, whatever the table keeps.
     """
 
     module: Any
     table: str
     fields: dict[str, Sequence[Any]]
     applies: Callable[..., bool] = lambda *_: True
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def override(self, blocks: Any) -> Any:
         """A context in which the look-up answers with `blocks`."""
         original: Table = getattr(self.module, self.table)
+        for field, value in self.fixed.items():
+            blocks = replaced(blocks, field, value)
 
         def table(*args: Any) -> Any:
             return blocks if self.applies(*args) else original(*args)
@@ -103,6 +107,7 @@ def space(row: rows.Row) -> Space:
         "v_block": (32, 64, 128),
         "scores": WARPS_STAGES,
         "walk": WARPS_STAGES,
+        "ahead": (False, True),
         "programs": (192, 384, 768, 1536),
     }
     if backward:
@@ -113,7 +118,8 @@ def space(row: rows.Row) -> Space:
             "v_step": (32, 64, 128),
             "gradients": WARPS_STAGES,
         }
-    return Space(rule_module, "find_blocks", fields)
+    # Triton proper has blocks of its own.
+    return Space(rule_module, "find_blocks", fields, fixed={"driver": "pallas"})
 
 
 def replaced(blocks: Any, field: str, value: Any) -> Any:

@@ -61,6 +61,10 @@ def test_the_tuner_knows_every_operations_table(name):
         for value in values:
             changed = tuner.replaced(blocks, field, value)
             assert getattr(changed, field) == value and type(changed) is type(blocks)
+    if row.op == "gated_delta_rule":  # its blocks are Pallas's alone
+        with space.override(blocks):
+            used = getattr(space.module, space.table)("gpu", 96)
+        assert (blocks.driver, used.driver) == (None, "pallas")
 
 
 def test_the_tuner_tells_what_does_not_compile():

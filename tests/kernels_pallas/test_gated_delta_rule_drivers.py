@@ -76,6 +76,10 @@ def test_a_gpu_that_it_was_not_measured_on_takes_it_by_name(gpu):
     assert choose(None) == "pallas"
     with pytest.raises(ValueError, match=r"capability 8\.0; take one with 9\.0 .*driver='pallas'"):
         choose("triton")
+    gpu.compute_capability = "gfx942"
+    assert choose(None) == "pallas"
+    with pytest.raises(ValueError, match="capability gfx942"):
+        choose("triton")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,16 @@ def test_says_what_is_missing(gpu, packages, package, version, message):
         packages[package] = version
     assert choose(None) == "pallas"
     with pytest.raises(ValueError, match=message):
+        choose("triton")
+
+
+def test_a_module_of_another_distribution_is_not_taken(gpu, monkeypatch):
+    def version(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert choose(None) == "pallas"
+    with pytest.raises(ValueError, match="jax-triton is of unknown version"):
         choose("triton")
 
 
