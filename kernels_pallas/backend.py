@@ -57,6 +57,18 @@ def is_forced() -> bool:
     return _forced.value is not None
 
 
+def suits_kernels() -> bool:
+    """Whether the kernels may be taken unnamed: their blocks are cut for what the device has.
+
+    That is a TPU, or an NVIDIA GPU of a data centre (compute capability 8.0, 9.x, 10.x), with
+    160 KB of shared memory for a program or more. Others have 64 to 100 KB.
+    """
+    if platform() != "gpu" or is_forced():
+        return platform() != "cpu"
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    return capability == "8.0" or capability.split(".")[0] in ("9", "10")
+
+
 def is_interpreted() -> bool:
     """Whether kernels run in the interpreter."""
     return platform() == "cpu" or (_forced.value is not None and _forced.value[1])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kernels_pallas.backend import platform
+from kernels_pallas.backend import platform, suits_kernels
 
 
 def dispatch(
@@ -23,7 +23,8 @@ def dispatch(
       implementation: the one to call, without any fallback; None takes the first that supports
         the arguments.
       *args: passed on.
-      kernels_on: platforms where None may take "pallas"; never a CPU, where it is interpreted.
+      kernels_on: platforms where None may take "pallas", on devices that its blocks are cut for;
+        never a CPU, where it is interpreted.
       **kwargs: passed on.
 
     Returns:
@@ -48,7 +49,7 @@ def dispatch(
             ) from error
     reasons = []
     for name, function in implementations.items():
-        if name == "pallas" and platform() not in kernels_on:
+        if name == "pallas" and not (platform() in kernels_on and suits_kernels()):
             continue
         try:
             return function(*args, **kwargs)

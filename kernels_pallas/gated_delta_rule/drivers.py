@@ -5,14 +5,14 @@ the gradient kernel on a Hopper GPU, for bfloat16 and the common key widths. Bot
 the same from the same arrays, so nothing outside this package knows which one is at work. Measured
 on one H100 80GB (benchmarks/drivers.py), V 256, bfloat16, milliseconds, Pallas / Triton:
 
-                     B8 T8192    B8 T8192    B16 T4096   B2 T2048
-                     H12 K96     H16 K128    H12 K96     H12 K96
-    walk output      .82 / .63  1.38 / .69   .65 / .52   .12 / .11
-    walk states      .87 / .77  1.18 / 1.11  .73 / .71   .12 / .10
-    walk final                               .41 / .28   .11 / .12
-    walk homogeneous                         .26 / .21   .10 / .11
-    walk back       1.06 / .82  1.43 / 1.25  .89 / .83   .12 / .12
-    gradients       2.57 / 2.18 3.53 / 3.27 2.57 / 2.17  .20 / .18
+                     B8 T8192    B8 T8192    B16 T4096
+                     H12 K96     H16 K128    H12 K96
+    walk output      .82 / .63  1.38 / .69   .65 / .52
+    walk states      .87 / .77  1.18 / 1.11  .73 / .71
+    walk final                               .41 / .28
+    walk homogeneous                         .26 / .21
+    walk back       1.06 / .82  1.43 / 1.25  .89 / .83
+    gradients       2.57 / 2.18 3.53 / 3.27 2.57 / 2.17
 
 (1.38 is with rows read ahead, which the Pallas walk no longer does at K = 128; the whole forward
 pass takes 1.72 / 1.34 there since.)
@@ -22,6 +22,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from kernels_pallas.gated_delta_rule.walk import walk
 from kernels_pallas.gated_delta_rule.walk_back import walk_back
 
 NAMES = ("pallas", "triton")
+VARIABLE = "JET_KERNEL_DRIVER"  # environment variable, read when a program is traced
 NEEDS = {"jax-triton": (0, 4, 1), "triton": (3, 8, 0)}  # what descriptors made by the host need
 KEY_WIDTHS = (64, 96, 128)
 INSTALL = "pip install 'jet-jax[triton]'"
@@ -62,7 +64,8 @@ def choose(blocks: Blocks, dtype: Any, key_width: int) -> str:
     """Chooses the driver.
 
     Args:
-      blocks: `blocks.driver` names one; None takes Triton on a Hopper GPU at hand if it can be had.
+      blocks: `blocks.driver` names one; None takes what the environment variable `VARIABLE` names,
+        as far as the arguments allow, and else Triton on a Hopper GPU at hand if it can be had.
         Nothing that is compiled ahead for another machine takes it unnamed.
       dtype: of q, k and v.
       key_width: K.
@@ -73,11 +76,13 @@ def choose(blocks: Blocks, dtype: Any, key_width: int) -> str:
     Raises:
       ValueError: the driver named is unknown, or cannot take the arguments or run here.
     """
-    if blocks.driver not in (None, *NAMES):
-        raise ValueError(f"driver={blocks.driver!r} is unknown; use one of {NAMES}, or None")
-    if blocks.driver == "pallas":
+    named = blocks.driver or os.environ.get(VARIABLE) or None
+    if named not in (None, *NAMES):
+        source = "driver" if blocks.driver else VARIABLE
+        raise ValueError(f"{source}={named!r} is unknown; use one of {NAMES}, or none")
+    if named == "pallas":
         return "pallas"
-    obstacle = _obstacle(dtype, key_width, is_named=blocks.driver is not None)
+    obstacle = _obstacle(dtype, key_width, is_named=named is not None)
     if obstacle is None:
         return "triton"
     if blocks.driver is not None:

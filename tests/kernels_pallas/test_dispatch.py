@@ -1,3 +1,6 @@
+import types
+
+import jax
 import pytest
 
 from kernels_pallas.dispatch import dispatch
@@ -44,3 +47,17 @@ def test_every_reason_is_told():
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="op: implementation='quick' .*'fast', 'slow'"):
         dispatch("op", TABLE, "quick", 1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "suits"),
+    [("8.0", True), ("9.0", True), ("10.0", True), ("8.6", False), ("8.9", False), ("12.0", False)]
+    + [("7.5", False), ("gfx942", False), (None, False)],
+)
+def test_kernels_are_taken_unnamed_where_their_blocks_fit(capability, suits, monkeypatch):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    functions = {"pallas": lambda: "pallas", "xla": lambda: "xla"}
+    assert dispatch("op", functions, None) == ("pallas" if suits else "xla")
+    assert dispatch("op", functions, "pallas") == "pallas"

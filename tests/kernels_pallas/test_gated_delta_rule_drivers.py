@@ -128,6 +128,19 @@ def test_what_is_compiled_for_another_machine_takes_it_by_name_only(packages):
         choose("triton")
 
 
+def test_the_environment_names_a_driver_as_far_as_it_can_run(gpu, monkeypatch):
+    monkeypatch.setenv("JET_KERNEL_DRIVER", "pallas")
+    assert choose(None) == "pallas" and choose("triton") == "triton"
+    monkeypatch.setenv("JET_KERNEL_DRIVER", "triton")
+    assert choose(None) == "triton" and choose("pallas") == "pallas"
+    assert choose(None, jnp.float32) == "pallas"
+    with backend.compile_for("gpu"):
+        assert choose(None) == "triton"
+    monkeypatch.setenv("JET_KERNEL_DRIVER", "cuda")
+    with pytest.raises(ValueError, match="JET_KERNEL_DRIVER='cuda' is unknown"):
+        choose(None)
+
+
 def test_a_cpu_has_pallas():
     assert choose(None) == "pallas"
     with pytest.raises(ValueError, match="driver='triton' cannot run here: .* run on one"):
