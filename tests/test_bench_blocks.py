@@ -125,7 +125,7 @@ def test_rwkv7_removes_a_part_along_one_direction():
 
 
 def test_kernels_of_a_layer_are_named():
-    row = block_rows.layer_rows(REAL["gdn"], small=False, quick=True)[0]
+    row = block_rows.layer_rows(REAL["retnet"], small=False, quick=True)[0]
     row = dataclasses.replace(row, sizes={"B": 1, "T": 128})
     assert block_runs.kernel_names(row, "xla") == []
     with backend.compile_for("gpu"):
@@ -201,3 +201,13 @@ def test_the_list_names_every_block(capsys):
 def test_mistakes_are_told(arguments, message, capsys):
     assert main(["bench", "blocks", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_one_program_checks_a_layers_rows():
+    forward, both = block_rows.layer_rows(SMALL["gdn"], small=True, quick=False)
+    assert (forward.what, both.what) == ("gdn, forward", "gdn, forward + backward")
+    small = dataclasses.replace(forward.small(), name=both.name)
+    assert small == both.small() and small.backward and not small.weights
+    assert forward.input_key == both.input_key != small.input_key
+    real = block_rows.layer_rows(REAL["gdn"], small=False, quick=False)
+    assert {tuple(row.small().sizes.items()) for row in real} == {(("B", 1), ("T", 512))}

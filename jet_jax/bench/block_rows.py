@@ -109,9 +109,12 @@ class Layer(Row):
         return run
 
     def small(self) -> Layer:
-        """One short row without the weights' gradients, of which some are sums that cancel."""
+        """One short row with the input's gradient, in forward rows too: one program checks both.
+
+        The weights' gradients are left out: some are sums that cancel.
+        """
         sizes = {"B": 1, "T": min(self.sizes["T"], 512)}
-        return dataclasses.replace(self, sizes=sizes, weights=False)
+        return dataclasses.replace(self, sizes=sizes, backward=True, weights=False)
 
 
 @dataclasses.dataclass(frozen=True)
