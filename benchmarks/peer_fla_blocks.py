@@ -6,7 +6,7 @@ Needs an NVIDIA GPU, torch, flash-linear-attention 0.6.0 (with fla-core), einops
 BLOCK.json holds {"name", "width", "options", "shared", "sizes"} of a `jet_jax.bench.blocks.Block`,
 whose options are named as that package's; `sizes` is a list of {"B", "T"}. Each line of the output
 is a JSON object: first {"start": ...} with device and versions, then a result each, forward and
-forward plus the gradients of the input and all parameters, in bfloat16 (A_log and dt_bias float32),
+forward plus the gradients of the input and all parameters, in bfloat16 (A_log, dt_bias and D float32),
 without autocast.
 
 Mamba2's layer calls mamba_ssm where that is installed (causal_conv1d too, else its own Triton
@@ -45,7 +45,7 @@ LAYERS = {
 }
 PLACES = {"rwkv7": {"layer_idx": 1, "num_hidden_layers": 2}}  # not the first: it has no v_lora
 GATED = ("gdn", "mamba2")  # whose gradients pass through what is refused on Hopper
-FLOAT32 = ("A_log", "dt_bias")
+FLOAT32 = ("A_log", "dt_bias", "D")
 WITHOUT_MAMBA_SSM = "mamba_ssm is not installed: scan by chunk_simple_gla"
 Forward = Callable[..., torch.Tensor]
 
@@ -60,7 +60,7 @@ def make_layer(name: str, width: int, options: dict[str, Any]) -> torch.nn.Modul
         layer = layer_class(hidden_size=width, **options, **PLACES.get(name, {}))
     layer = layer.to("cuda", torch.bfloat16).train()
     for path, weight in layer.named_parameters():
-        if path.endswith(FLOAT32):
+        if path in FLOAT32:
             weight.data = weight.data.float()
         elif weight.ndim >= 2 and not weight.any():
             weight.data.normal_(0, 0.02)
@@ -89,8 +89,8 @@ def mamba2_by_simple_gla(layer: torch.nn.Module) -> Forward:
         dt = F.softplus(dt.float() + layer.dt_bias)
         v = (u * dt[..., None]).to(x.dtype)
         o = chunk_simple_gla(q=q, k=k, v=v, g=-layer.A_log.exp() * dt, scale=1.0)[0]
-        o = o + layer.D[:, None] * u
-        return layer.out_proj(layer.norm(o.flatten(2), z))
+        o = (o + layer.D[:, None] * u).to(x.dtype)
+        return layer.out_proj(layer.norm(o.flatten(2), z).to(x.dtype))
 
     return forward
 
