@@ -6,8 +6,8 @@ Needs an NVIDIA GPU, torch, flash-linear-attention 0.6.0 (with fla-core), einops
 BLOCK.json holds {"name", "width", "options", "shared", "sizes"} of a `jet_jax.bench.blocks.Block`,
 whose options are named as that package's; `sizes` is a list of {"B", "T"}. Each line of the output
 is a JSON object: first {"start": ...} with device and versions, then a result each, forward and
-forward plus the gradients of the input and all parameters, in bfloat16 (A_log, dt_bias and D float32),
-without autocast.
+forward plus the gradients of the input and all parameters, in bfloat16 (A_log, dt_bias and D in
+float32), without autocast.
 
 Mamba2's layer calls mamba_ssm where that is installed (causal_conv1d too, else its own Triton
 convolution). Without it the layer falls back to plain PyTorch, which wants 150 GB for a scan of
