@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jet_jax import losses, optim, sharding
 from jet_jax.config import ModelConfig
+from jet_jax.mixers.context import Place
 from jet_jax.models.block import Block
 from jet_jax.models.lm import HybridLM
 from jet_jax.params import split

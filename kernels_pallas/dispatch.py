@@ -1,9 +1,31 @@
 """Choosing the implementation of an operation."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+
 from kernels_pallas.backend import platform, suits_kernels
+
+# Name of `preferring`. JAX keeps traces by it: what was traced with one is not used with another.
+_preferred = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def preferring(implementation: str) -> Iterator[None]:
+    """Lets operations that are called without an `implementation` take a certain one first.
+
+    Those that have none of that name, or whose arguments it does not support, choose as ever. For
+    benchmarks and tests of layers, which leave the choice to the operations; enter it inside the
+    function that is traced.
+
+    Args:
+      implementation: "reference", "xla" or "pallas", the last also where it would be taken by name
+        only, and interpreted on a CPU.
+    """
+    with _preferred(implementation):
+        yield
 
 
 def dispatch(
@@ -21,7 +43,7 @@ def dispatch(
       implementations: name to function, fastest first. A function that cannot take the arguments
         raises `NotImplementedError` with the reason.
       implementation: the one to call, without any fallback; None takes the first that supports
-        the arguments.
+        the arguments (see `preferring`).
       *args: passed on.
       kernels_on: platforms where None may take "pallas", on devices that its blocks are cut for;
         never a CPU, where it is interpreted.
@@ -48,8 +70,11 @@ def dispatch(
                 f"{op}: implementation={implementation!r} cannot take these arguments: {error}"
             ) from error
     reasons = []
-    for name, function in implementations.items():
-        if name == "pallas" and not (platform() in kernels_on and suits_kernels()):
+    first = _preferred.value
+    for name in sorted(implementations, key=lambda name: name != first):
+        function = implementations[name]
+        unnamed = name == "pallas" and name != first
+        if unnamed and not (platform() in kernels_on and suits_kernels()):
             continue
         try:
             return function(*args, **kwargs)

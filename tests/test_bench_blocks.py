@@ -33,7 +33,7 @@ def test_a_block_is_measured_and_written(tmp_path, capsys, monkeypatch):
     assert (layer["block"], layer["name"]) == ("retnet", "retnet-b2-t64-grad")
     assert layer["tokens_s"] == pytest.approx(1e3 * 2 * 64 / layer["ms"])
     assert layer["kernels"] == []  # plain XLA here
-    assert step["implementation"] == "xla" and "tokens_s" not in step
+    assert layer["implementation"] == step["implementation"] == "xla" and "tokens_s" not in step
     for row in (layer, step):
         assert row["note"] is None and row["ms"] > 0 and 1e-4 < row["error"] < 2e-2  # bfloat16
         assert row["fraction_of_floor"] == pytest.approx(row["floor_ms"] / row["ms"])
@@ -125,14 +125,14 @@ def test_rwkv7_removes_a_part_along_one_direction():
 
 
 def test_kernels_of_a_layer_are_named():
-    row = block_rows.layer_rows(REAL["gdn"], small=False, quick=True)[0]
+    row = block_rows.layer_rows(REAL["retnet"], small=False, quick=True)[0]
     row = dataclasses.replace(row, sizes={"B": 1, "T": 128})
-    assert block_runs.kernel_names(row) == []
+    assert block_runs.kernel_names(row, "xla") == []
     with backend.compile_for("gpu"):
-        names = block_runs.kernel_names(row)
+        names = block_runs.kernel_names(row, "pallas")
     assert names and any("gradients" in name for name in names)
     broken = dataclasses.replace(row, block=dataclasses.replace(row.block, options={"heads": 1}))
-    assert block_runs.kernel_names(broken) is None
+    assert block_runs.kernel_names(broken, "xla") is None
 
 
 def result(block, ms, tokens=1024, **more):
@@ -141,6 +141,7 @@ def result(block, ms, tokens=1024, **more):
         "name": f"{block}-b1-t{tokens}-grad",
         "block": block,
         "sizes": {"B": 1, "T": tokens},
+        "implementation": "pallas",
         "ms": ms,
         "tokens_s": None if ms is None else 1e3 * tokens / ms,
         "fraction_of_floor": 0.5,
@@ -150,10 +151,11 @@ def result(block, ms, tokens=1024, **more):
     }
 
 
-def test_ratios_compare_equal_sizes():
+def test_ratios_compare_the_fastest_at_equal_sizes():
     results = [
         result("gdn", 2.0),
         result("gla", 1.0),
+        result("gla", 4.0, implementation="xla"),
         result("gla", 3.0, 2048),
         result("jet", None),
     ]
@@ -164,19 +166,21 @@ def test_ratios_compare_equal_sizes():
 def test_the_table_has_times_ratios_and_notes():
     from rich.console import Console
 
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = Console(width=140, file=io.StringIO(), record=True)
     results = [
         result("gdn", 2.0),
         result("gla", 1.0, name="gla-b1-t1024", note=None),
         result("gla", 1.25),
+        result("gla", 4.0, implementation="xla"),
         result("rwkv7", None),
     ]
     console.print(block_tables.layers_table("title", list(REAL.values()), results))
     cells = [line.split() for line in console.export_text().splitlines() if "B1" in line]
     assert cells == [
-        "gdn B1 T1024 512,000 1.00 1.00 2.000 50 % 1.0e-03".split(),
-        "gla B1 T1024 819,200 1.60 1.07 1.250 50 % 1.000 1.0e-03".split(),
-        "rwkv7 B1 T1024 0.50 out of memory".split(),
+        "gdn B1 T1024 pallas 512,000 1.00 1.00 2.000 50 % 1.0e-03".split(),
+        "gla B1 T1024 pallas 819,200 1.60 1.07 1.250 50 % 1.000 1.0e-03".split(),
+        "B1 T1024 xla 256,000 4.000 50 % 1.0e-03".split(),
+        "rwkv7 B1 T1024 pallas 0.50 out of memory".split(),
     ]
 
 
@@ -197,3 +201,13 @@ def test_the_list_names_every_block(capsys):
 def test_mistakes_are_told(arguments, message, capsys):
     assert main(["bench", "blocks", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_one_program_checks_a_layers_rows():
+    forward, both = block_rows.layer_rows(SMALL["gdn"], small=True, quick=False)
+    assert (forward.what, both.what) == ("gdn, forward", "gdn, forward + backward")
+    small = dataclasses.replace(forward.small(), name=both.name)
+    assert small == both.small() and small.backward and not small.weights
+    assert forward.input_key == both.input_key != small.input_key
+    real = block_rows.layer_rows(REAL["gdn"], small=False, quick=False)
+    assert {tuple(row.small().sizes.items()) for row in real} == {(("B", 1), ("T", 512))}

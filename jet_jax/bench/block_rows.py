@@ -15,6 +15,7 @@ import kernels_pallas
 from jet_jax.bench.blocks import LOW_RANK, SMALL, Block
 from jet_jax.bench.rows import BOTH, FORWARD, STEPS, Function, Row
 from jet_jax.mixers.context import Context
+from kernels_pallas.dispatch import preferring
 
 SIZES = ((8, 4096), (1, 65536))  # B and T of the layer: equal-sized batches of short and long rows
 STEP_BATCH = 128
@@ -79,7 +80,7 @@ class Layer(Row):
         return *jax.tree.leaves(self.block.weights(weights)), *jnp.split(drawn, ends, axis=-1)
 
     def function(self, implementation: str) -> Function:
-        """The layer as models run it; "reference" computes in float32 throughout."""
+        """The layer with one implementation of its operations; "reference" is all in float32."""
         dtype = "float32" if implementation == "reference" else "bfloat16"
         structure = self.block.structure(dtype)
         shapes = jax.eval_shape(self.block.weights, jax.random.key(0))
@@ -102,14 +103,18 @@ class Layer(Row):
 
         def run(*args):
             leaves, rows, dy = args[:count], args[count:-1], args[-1]
-            return both(leaves, rows, dy) if self.backward else forward(leaves, *rows)
+            with preferring(implementation):
+                return both(leaves, rows, dy) if self.backward else forward(leaves, *rows)
 
         return run
 
     def small(self) -> Layer:
-        """One short row without the weights' gradients, of which some are sums that cancel."""
+        """One short row with the input's gradient, in forward rows too: one program checks both.
+
+        The weights' gradients are left out: some are sums that cancel.
+        """
         sizes = {"B": 1, "T": min(self.sizes["T"], 512)}
-        return dataclasses.replace(self, sizes=sizes, weights=False)
+        return dataclasses.replace(self, sizes=sizes, backward=True, weights=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,27 +33,30 @@ def sizes_table(blocks: Sequence[Block]) -> Table:
 
 
 def layers_table(title: str, blocks: Sequence[Block], results: Sequence[Result]) -> Table:
-    """A row a block and size: training, beside the paper's ratios, and the forward pass."""
+    """A row a block, size and implementation: training, the paper's ratio, the forward pass."""
     table = _table(
         title,
-        ("block", "size"),
+        ("block", "size", ""),
         ("tokens/s", "of gdn", "paper", "ms", "of floor", "forward ms", "error"),
     )
-    found, by_name = ratios(results), {r["name"]: r for r in results}
+    by_name = {(r["name"], r["implementation"]): r for r in results}
     facts = {block.name: block.facts() for block in blocks}
+    fastest = ratios(results)
     last = None
     for r in results:
         if r["op"] != "layer" or not r["name"].endswith("-grad"):
             continue
-        name = r["block"]
-        paper = facts[name]["paper_ratio"]
-        forward = by_name.get(r["name"].removesuffix("-grad"))
+        name, size = r["block"], size_name(r)
+        forward = by_name.get((r["name"].removesuffix("-grad"), r["implementation"]))
+        best = max((x["tokens_s"] or 0.0 for x in results if x["name"] == r["name"]), default=0.0)
+        ratio = fastest.get(f"{name}, {size}") if r["tokens_s"] == best else None
         table.add_row(
             "" if name == last else name,
-            size_name(r),
+            size,
+            r["implementation"],
             number(r["tokens_s"], ",.0f"),
-            number(found.get(f"{name}, {size_name(r)}"), ".2f"),
-            number(paper, ".2f"),
+            number(ratio, ".2f"),
+            "" if name == last else number(facts[name]["paper_ratio"], ".2f"),
             number(r["ms"], ",.3f"),
             "" if r["ms"] is None else f"{100 * r['fraction_of_floor']:.0f} %",
             "" if forward is None else forward["note"] or number(forward["ms"], ",.3f"),

@@ -89,7 +89,7 @@ def run(
             for each in (row, small):
                 jobs["inputs", each.input_key] = pool.submit(_compile, each.inputs, (KEY,))
             for implementation in (*implementations, "reference"):
-                job = (row.op, row.what, str(small.sizes), implementation)
+                job = (row.op, small.what, str(small.sizes), implementation)
                 if job not in jobs:
                     inputs = jax.eval_shape(small.inputs, jax.random.key(0))
                     if implementation == "reference":
@@ -105,7 +105,7 @@ def run(
             for implementation in implementations:
                 small = row.small()
                 checks = [
-                    jobs[row.op, row.what, str(small.sizes), name]
+                    jobs[row.op, small.what, str(small.sizes), name]
                     for name in (implementation, "reference")
                 ]
                 # Compilers share the host with the dispatch that is timed, so they finish first.

@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
         "--quick", action="store_true", help="three blocks, training at one size and the step only"
     )
     blocks.add_argument("--list", action="store_true", help="print the blocks' sizes and stop")
-    for kind, what in ((kernels, "what to time"), (blocks, "of the decoding step")):
+    for kind, what in ((kernels, "what to time"), (blocks, "of the operations that have them")):
         kind.add_argument(
             "--implementations",
             nargs="+",

@@ -113,5 +113,6 @@ class ProjectedMixer(nnx.Module):
         if gate is None:
             y = norm(y).astype(jnp.dtype(self.dtype))
         else:
+            assert isinstance(norm, GatedRMSNorm)
             y = norm(y, gate.reshape(y.shape))
         return self.o_proj(y.reshape(*y.shape[:2], -1))

@@ -19,7 +19,7 @@ WRITERS = ("v", "g", "beta", "b")
 def recur(
     chunk: Callable[..., tuple[Array, Array]],
     step: Callable[..., tuple[Array, Array]],
-    inputs: Mapping[str, tuple[Array | None, str]],
+    inputs: Mapping[str, tuple[Any, str]],
     state: Float[Array, "B H K V"] | None,
     ctx: Context,
     *,
@@ -44,8 +44,7 @@ def recur(
     """
     arrays = {name: array for name, (array, _) in inputs.items()}
     dims = [letters for _, letters in inputs.values()]
-    length = next(iter(arrays.values())).shape[1]
-    if state is None or length > 1:
+    if state is None or arrays["v"].shape[1] > 1:
 
         def run(*args):
             *tensors, initial_state, segment_ids = args

@@ -77,25 +77,27 @@ class RWKV7(nnx.Module):
         self.k_proj = linear(width, width, kernel_init=orthogonal(0.1), **shared)
         self.v_proj = linear(width, values, kernel_init=orthogonal(), **shared)
         self.o_proj = linear(values, width, kernel_init=ZEROS, **shared)
-        outputs = {"w": width, "a": width, "v": values, "g": values}
-        if place.first:
-            del outputs["v"]
-        for use, out in outputs.items():
+
+        def lora(use: str, out: int) -> LowRank:
             rank = options.rank(RANKS[use], width)
-            gain = 0.1 * math.sqrt(max(1.0, rank / out))
-            lora = LowRank(
+            made = LowRank(
                 width,
                 rank,
                 out,
                 use_bias=use != "g",
                 activation=ACTIVATIONS[use],
                 down_init=ZEROS,
-                up_init=orthogonal(gain),
+                up_init=orthogonal(0.1 * math.sqrt(max(1.0, rank / out))),
                 **shared,
             )
-            if lora.up.bias is not None:
-                lora.up.bias[...] = start.bias(use, out).astype(param_dtype)
-            setattr(self, f"{use}_lora", lora)
+            if made.up.bias is not None:
+                made.up.bias[...] = start.bias(use, out).astype(param_dtype)
+            return made
+
+        self.w_lora, self.a_lora = lora("w", width), lora("a", width)
+        self.g_lora = lora("g", values)
+        if not place.first:
+            self.v_lora = lora("v", values)
         self.g_norm = GroupNorm(
             values, key * options.norm_eps, scale=start.norm_scale(), param_dtype=param_dtype
         )

@@ -84,7 +84,7 @@ def pair_gradients(x: Vectors, d: Pairs, g: Parts, is_before: bool) -> tuple[Vec
 
     Args:
       x: the rows, with all factors but decay.
-      d: gradients of the scores, masked, in the operands' dtype.
+      d: gradients of the scores, masked, float32.
       g: pieces of the log decays.
       is_before: whether a reads the state before its row's own decay.
 
@@ -97,7 +97,7 @@ def pair_gradients(x: Vectors, d: Pairs, g: Parts, is_before: bool) -> tuple[Vec
     has_k = x.k is not None
 
     def on_diagonal(y):
-        return jnp.sum(jnp.where(i == j, y.astype(jnp.float32), 0.0), axis=1)[:, None]
+        return jnp.sum(jnp.where(i == j, y, 0.0), axis=1)[:, None]
 
     own_b = on_diagonal(d.qb)
     own_k = on_diagonal(d.qk) if has_k else None
@@ -110,12 +110,15 @@ def pair_gradients(x: Vectors, d: Pairs, g: Parts, is_before: bool) -> tuple[Vec
         own = jnp.exp(masked_sum(level.own, g))
         before = jnp.exp(masked_sum(level.before, g)) if is_before else own
         y = scale_rows(x, own, before, operands)
-        linked = Pairs(*(None if e is None else _where(level.links, e) for e in d))
+        linked = Pairs(*(None if e is None else jnp.where(level.links, e, 0.0) for e in d))
 
         def reads(by_b, by_k):
-            return _sum_given(matmul(by_b, y.b, NN), matmul(by_k, y.k, NN) if has_k else None)
+            # In two pieces: where keys resemble each other large gradients cancel here.
+            products = [matmul(piece, y.b, NN) for piece in pieces(by_b, operands)]
+            return _sum_given(*products, matmul(by_k.astype(operands), y.k) if has_k else None)
 
         def writes(by_q, by_a):
+            by_q, by_a = by_q.astype(operands), by_a.astype(operands)
             return matmul(by_q, y.q, TN) + matmul(by_a, y.a, TN)
 
         found = Vectors(
@@ -133,7 +136,3 @@ def pair_gradients(x: Vectors, d: Pairs, g: Parts, is_before: bool) -> tuple[Vec
         return total, dg + _spread(level.own, span, operands)
 
     return over_levels(size, add, (Vectors(dq, da, db, dk), jnp.zeros_like(x.q)))
-
-
-def _where(mask: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.where(mask, x, jnp.zeros((), x.dtype))

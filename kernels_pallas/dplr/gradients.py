@@ -5,9 +5,9 @@
 
 (gradient_math.py has the equations; KDA has no products with V.) One program takes one chunk of one
 head on a GPU, eight on a TPU. It goes over V for the products between rows, which leave matrices
-[C, C] in the operands' dtype; then, for a part of K at a time, over V again for those with the
-states, and takes both through the decays, which it works out anew. Read: dO, dR, U (and V) once a
-part of K, S and dS' once, q, k (a, b) and g. Written: dq, dk (da, db) and dg.
+[C, C]; then, for a part of K at a time, over V again for those with the states, and takes both
+through the decays, which it works out anew. Read: dO, dR, U (and V) once a part of K, S and dS'
+once, q, k (a, b) and g. Written: dq, dk (da, db) and dg.
 """
 
 import functools
@@ -105,8 +105,7 @@ def _body(refs: Inputs, w: Walks, beta_ref, out: Gradients, *, chunks, part, v_s
         if out.own is not None:
             j, t = indices(CHUNK)
             out.own[row, :] = jnp.sum(jnp.where(j == t, products.ab, 0.0), axis=0)[None, :]
-        products = mask_pairs(products)
-        pairs = Pairs(*(None if x is None else x.astype(operands) for x in products))
+        pairs = mask_pairs(products)
 
         def columns_of_k(p, dbeta):
             columns = span(p, part)

@@ -29,7 +29,12 @@ from kernels_pallas import backend
 from kernels_pallas.gated_delta_rule.blocks import StepBlocks, find_step_blocks
 from kernels_pallas.gated_delta_rule.kernel_math import add_up
 from kernels_pallas.gated_delta_rule.step_math import row_values
-from kernels_pallas.gated_delta_rule.step_pallas import heads_a_program
+from kernels_pallas.step_state import (
+    check_step_supported,
+    heads_a_program,
+    inside_mask,
+    shape_of,
+)
 
 Parts = list[jax.Array]
 
@@ -87,15 +92,9 @@ def step_values(
 def _gpu_body(refs: Token, s_ref, o_ref, new_ref, *, part: int, width: int, options: dict):
     """One block of columns of one head's state."""
     v_block = s_ref.shape[1]
-    start = pl.program_id(2) * v_block
-
-    def inside(*shape):
-        if width % v_block == 0:
-            return None
-        return start + jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < width
-
+    inside = functools.partial(inside_mask, start=pl.program_id(2) * v_block, width=width)
     parts = [pl.ds(i, part) for i in range(0, s_ref.shape[0], part)]
-    mask = inside(part, v_block)
+    mask = inside((part, v_block))
     tiles = [pltriton.load(s_ref.at[p, :], mask=mask).astype(jnp.float32) for p in parts]
 
     def rows(ref):
@@ -104,12 +103,12 @@ def _gpu_body(refs: Token, s_ref, o_ref, new_ref, *, part: int, width: int, opti
     x = Token(*(rows(ref) for ref in refs._replace(v=None, beta=None)))
     columns = Token(*(None if y is None else [p[:, None] for p in y] for y in x))
     beta = None if refs.beta is None else refs.beta[...].astype(jnp.float32)
-    v = pltriton.load(refs.v, mask=inside(v_block)).astype(jnp.float32)[None, :]
+    v = pltriton.load(refs.v, mask=inside((v_block,))).astype(jnp.float32)[None, :]
     new_tiles, o = step_values(tiles, x._replace(v=v, beta=beta), columns, **options)
     for p, tile in zip(parts, new_tiles, strict=True):
         pltriton.store(new_ref.at[p, :], tile.astype(new_ref.dtype), mask=mask)
     o = jnp.sum(o, axis=0).astype(o_ref.dtype)
-    pltriton.store(o_ref, o, mask=inside(v_block))
+    pltriton.store(o_ref, o, mask=inside((v_block,)))
 
 
 def _tpu_body(refs: Token, s_ref, o_ref, new_ref, *, repeats: int, options: dict):
@@ -160,28 +159,13 @@ def step_in_kernel(
     Returns:
       o [B, HV, V] and the new state.
     """
-    _check_supported(x, state)
+    check_step_supported(x.q, x.v, state)
     batch, heads, key_width, width = state.shape
     if blocks is None:
         blocks = find_step_blocks(batch * heads, key_width, width, state.dtype)
     options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
     call = _on_tpu if backend.platform() == "tpu" else _on_gpu
     return call(x, state, blocks, options)
-
-
-def _check_supported(x: Token, state: jax.Array) -> None:
-    """Raises NotImplementedError, with the reason, for what the kernel does not take."""
-    if state.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"state is {state.dtype}: the kernel takes bfloat16 or float32")
-    if x.v.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"q, k and v are {x.v.dtype}: the kernel takes bfloat16, float32")
-    key_width, width = state.shape[2:]
-    if key_width % 32 or not 32 <= key_width <= 256:
-        raise NotImplementedError(
-            f"q and k have K={key_width}: the kernel takes multiples of 32 up to 256"
-        )
-    if width % 16 or width > 1024:
-        raise NotImplementedError(f"v has V={width}: the kernel takes multiples of 16 up to 1024")
 
 
 def _call(body, x: Token, state, specs: Token, o_spec, state_spec, o_shape, grid, warps):
@@ -193,7 +177,7 @@ def _call(body, x: Token, state, specs: Token, o_spec, state_spec, o_shape, grid
         in_specs=[Token(*(None if y is None else s for y, s in zip(x, specs, strict=True)))]
         + [state_spec],
         out_specs=[o_spec, state_spec],
-        out_shape=[o_shape, jax.ShapeDtypeStruct(state.shape, state.dtype)],
+        out_shape=[o_shape, shape_of(state)],
         num_warps=warps,
         aliases={len(arrays): 1},
     )(jax.tree.unflatten(treedef, arrays), state)
@@ -219,7 +203,7 @@ def _on_gpu(x: Token, state, blocks: StepBlocks, options):
         Token(key, key, value, row, row, row, gate),
         value,
         tile,
-        jax.ShapeDtypeStruct(x.v.shape, x.v.dtype),
+        shape_of(x.v),
         (batch, heads, pl.cdiv(width, v_block)),
         blocks.warps,
     )

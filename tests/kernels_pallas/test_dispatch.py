@@ -1,9 +1,10 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from kernels_pallas.dispatch import dispatch
+from kernels_pallas.dispatch import dispatch, preferring
 
 
 def fast(x):
@@ -61,3 +62,31 @@ def test_kernels_are_taken_unnamed_where_their_blocks_fit(capability, suits, mon
     functions = {"pallas": lambda: "pallas", "xla": lambda: "xla"}
     assert dispatch("op", functions, None) == ("pallas" if suits else "xla")
     assert dispatch("op", functions, "pallas") == "pallas"
+
+
+def test_a_preferred_one_comes_first_where_it_can():
+    with preferring("slow"):
+        assert dispatch("op", TABLE, None, 1) == "slow"
+        assert dispatch("op", TABLE, "fast", 1) == "fast"  # a name counts more
+        with pytest.raises(NotImplementedError, match="slow: x is -2; fast: x is negative"):
+            dispatch("op", TABLE, None, -2)
+    with preferring("third"):
+        assert dispatch("op", TABLE, None, 1) == "fast"
+    assert dispatch("op", TABLE, None, 1) == "fast"
+
+
+def test_kernels_can_be_preferred_where_they_have_to_be_named():
+    table = {"pallas": lambda: "pallas", "xla": lambda: "xla"}
+    assert dispatch("op", table, None) == "xla"  # a CPU
+    with preferring("pallas"):
+        assert dispatch("op", table, None, kernels_on=()) == "pallas"
+
+
+def test_a_trace_is_kept_for_its_preference():
+    table = {"add": lambda x: x + 1, "multiply": lambda x: x * 3}
+    function = jax.jit(lambda x: dispatch("op", table, None, x))
+    x = jnp.asarray(5.0)
+    assert function(x) == 6
+    with preferring("multiply"):
+        assert function(x) == 15
+    assert function(x) == 6
