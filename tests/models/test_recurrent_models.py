@@ -144,6 +144,26 @@ def test_counts_are_those_of_the_arrays(model):
     assert config.cache_bytes(50, 3) == size
 
 
+@pytest.mark.parametrize("format", ["hf", "orbax"])
+def test_saved_and_loaded_bit_for_bit(model, tmp_path, format):
+    """A hybrid that no published architecture holds, in the project's own config."""
+    jet_jax.save(model, tmp_path / "model", format=format)
+    loaded = jet_jax.load(tmp_path / "model", dtype=None)
+    assert loaded.config == model.config
+    assert loaded.config.to_hf()["model_type"] == "jet_jax_hybrid"
+    expected = params.flatten(params.split(model)[1])
+    for name, value in params.flatten(params.split(loaded)[1]).items():
+        assert value.dtype == expected[name].dtype, name
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_weights_that_stay_float32(model):
+    """Whatever the others' dtype: they sit inside exponentials, or scale the skip."""
+    kept = re.compile(r"(\.|^)(A_log|dt_bias|D)$")
+    for name, x in params.flatten(params.abstract(model.config, jnp.bfloat16)[1]).items():
+        assert x.dtype == (jnp.float32 if kept.search(name) else jnp.bfloat16), name
+
+
 def test_only_the_first_rwkv7_layer_has_no_value_residual(model):
     has = [hasattr(layer.mixer, "v_lora") for layer in model.layers]
     assert has == [False, False, False, True, False, False, False, False]
