@@ -8,6 +8,7 @@ a device's default precision. So the interpreter rounds where the hardware round
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -179,3 +180,37 @@ def matmul(a: jax.Array, b: jax.Array, contract: Any = NN) -> jax.Array:
     return jax.lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def multiply_add(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+    """Returns a b + c of float32 values of one shape inside a kernel.
+
+    On a GPU it is one instruction, rounded once; XLA has Triton leave products and sums apart.
+    """
+    if platform() != "gpu" or is_interpreted():
+        return a * b + c
+    return _ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    """Returns 1 / (1 + e^-x) of float32 values inside a kernel.
+
+    On a GPU four instructions instead of twenty: an exponential and a reciprocal good to 2^-22.
+    Far below 0 the rounding of x log2(e) adds a relative error of |x| 2^-24.
+    """
+    if platform() != "gpu" or is_interpreted():
+        return jax.nn.sigmoid(x)
+    power = _ptx("ex2.approx.ftz.f32 $0, $1;", x * -math.log2(math.e))
+    return _ptx("rcp.approx.ftz.f32 $0, $1;", 1 + power)
+
+
+def _ptx(instruction: str, *args: jax.Array) -> jax.Array:
+    """Applies one instruction to each element of float32 arrays of one shape."""
+    (result,) = pltriton.elementwise_inline_asm(
+        instruction,
+        args=args,
+        constraints=",".join(["=f"] + ["f"] * len(args)),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+    )
+    return result

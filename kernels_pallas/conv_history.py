@@ -6,6 +6,8 @@ to the left. `seen` counts how many of them belong to the token's own segment; t
 Both convolutions, and all their implementations, take their history from here.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -182,3 +184,46 @@ def sources(u: Float[Array, "B T D"], past: History, width: int) -> list[Float[A
         return shifted
     own = [past.seen >= width - 1 - j for j in range(width)]
     return [jnp.where(o[..., None], x, 0) for o, x in zip(own, shifted, strict=True)]
+
+
+def own_rows(u: Float[Array, "B T D"], past: History) -> Int32[Array, "B T"] | None:
+    """Returns `seen` without the rows of `before`; None where all are own from row 0 on."""
+    if past.seen is None or past.before is None:
+        return past.seen
+    start = 0 if past.start is None else past.start[:, None]
+    return jnp.minimum(past.seen, jnp.arange(u.shape[1], dtype=jnp.int32) - start)
+
+
+def replace_first_rows(
+    y: Float[Array, "B T D"],
+    arrays: Sequence[Float[Array, "B T _"]],
+    past: History,
+    compute: Callable[..., Float[Array, "B P D"]],
+) -> Float[Array, "B T D"]:
+    """Replaces the outputs that rows from before the call reach, if there may be any.
+
+    For kernels that know the rows of one call only.
+
+    Args:
+      y: the outputs, right where only `own_rows` matter.
+      arrays: what the convolution takes for each token.
+      past: the history.
+      compute: makes the outputs of a few tokens from `arrays`, cut to them, and their history.
+
+    Returns:
+      y with the W-1 outputs from row `start` on computed again.
+    """
+    if past.before is None:
+        return y
+    count = past.before.shape[1]
+    if past.start is None:
+        return y.at[:, :count].set(compute(*(x[:, :count] for x in arrays), past))
+    at = jnp.minimum(past.start, y.shape[1] - count)
+
+    def cut(x):
+        return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, count))(x, at)
+
+    window = History(past.before, past.start - at, cut(past.seen))
+    first = compute(*map(cut, arrays), window)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return jax.vmap(put)(y, first, at)

@@ -35,6 +35,7 @@ KINDS = {
 # Facts about the model or the computation, not options of the layer.
 NOT_OPTIONS = {"hidden_size", "layer_idx", "num_hidden_layers", "mode", "chunk_size", "backend"}
 Y, GRAD_X, STATE, GRAD_W = 3e-6, 1e-5, 3e-6, 3e-5  # relative L2, float32
+BFLOAT16_Y = 1.2e-2
 
 
 def recordings():
@@ -75,17 +76,23 @@ class Recording:
             mixers={self.kind: options},
             dtype="float32",
         )
-        index = given.get("layer_idx", 0)
+        self.index = given.get("layer_idx", 0)
         self.options = self.config.options(self.kind)
-        place = Place(index, index == 0)
-        # Shapes alone: all weights are loaded.
-        self.mixer = nnx.eval_shape(
-            lambda: MIXERS[self.kind](self.config, self.options, rngs=nnx.Rngs(0), place=place)
-        )
-        load_mixer(self.mixer, self.weights)
+        self.mixer = self.make(self.config)
         self.graphdef, self.params = split(self.mixer)
         self.x = jnp.asarray(self.arrays["x"])
         self.run = jax.jit(lambda params, *args: nnx.merge(self.graphdef, params)(*args)[:2])
+
+    def make(self, config, param_dtype=jnp.float32):
+        """The mixer with the recorded weights; from shapes alone, since all are loaded."""
+        place = Place(self.index, self.index == 0)
+        mixer = nnx.eval_shape(
+            lambda: MIXERS[self.kind](
+                config, self.options, rngs=nnx.Rngs(0), param_dtype=param_dtype, place=place
+            )
+        )
+        load_mixer(mixer, self.weights)
+        return mixer
 
     def context(self, start, stop, real=None):
         """Tokens start … stop-1 of each row, of which the first `real` are no padding."""
@@ -165,6 +172,18 @@ def test_single_steps_continue_a_prefill(recording):
         outputs.append(y)
     assert relative(jnp.concatenate(outputs, axis=1), arrays["y"][:, first:]) <= 2 * Y
     assert relative(state.recurrent, arrays["final_state"]) <= STATE
+
+
+def test_bfloat16(recording):
+    """Weights, input and output in bfloat16, in which the recorded matrices and x are exact."""
+    mixer = recording.make(recording.config.replace(dtype="bfloat16"), jnp.bfloat16)
+    graphdef, weights = split(mixer)
+    ctx = recording.context(0, recording.x.shape[1])
+    ctx = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, ctx)
+    run = jax.jit(lambda params, x, ctx: nnx.merge(graphdef, params)(x, ctx)[0])
+    y = run(weights, recording.x.astype(jnp.bfloat16), ctx)
+    assert y.dtype == jnp.bfloat16
+    assert relative(y.astype(jnp.float32), recording.arrays["y"]) <= BFLOAT16_Y
 
 
 def test_state_dicts_come_back(recording):

@@ -72,10 +72,9 @@ class RWKV7(nnx.Module):
             setattr(self, f"x_{use}", nnx.Param(start.shift(exponent).astype(param_dtype)))
         self.k_k, self.k_a = vector(0.71 - 0.1 * start.slope), vector(jnp.array(1.02))
         self.r_k = nnx.Param(jnp.full((heads, key), -0.04, param_dtype))
-        orthogonal = nnx.initializers.orthogonal
-        self.r_proj = linear(width, width, kernel_init=orthogonal(), **shared)
-        self.k_proj = linear(width, width, kernel_init=orthogonal(0.1), **shared)
-        self.v_proj = linear(width, values, kernel_init=orthogonal(), **shared)
+        self.r_proj = linear(width, width, kernel_init=_orthogonal(), **shared)
+        self.k_proj = linear(width, width, kernel_init=_orthogonal(0.1), **shared)
+        self.v_proj = linear(width, values, kernel_init=_orthogonal(), **shared)
         self.o_proj = linear(values, width, kernel_init=ZEROS, **shared)
 
         def lora(use: str, out: int) -> LowRank:
@@ -87,7 +86,7 @@ class RWKV7(nnx.Module):
                 use_bias=use != "g",
                 activation=ACTIVATIONS[use],
                 down_init=ZEROS,
-                up_init=orthogonal(0.1 * math.sqrt(max(1.0, rank / out))),
+                up_init=_orthogonal(0.1 * math.sqrt(max(1.0, rank / out))),
                 **shared,
             )
             if made.up.bias is not None:
@@ -189,6 +188,16 @@ class RWKV7(nnx.Module):
         if state is not None:
             state = RecurrentState({"shift": last}, recurrent)
         return y, state, shared
+
+
+def _orthogonal(gain: float = 1.0) -> nnx.Initializer:
+    """Orthonormal rows or columns times `gain`, found in float32 whatever the weights' dtype."""
+    init = nnx.initializers.orthogonal(gain)
+
+    def draw(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return init(key, shape, jnp.float32).astype(dtype)
+
+    return draw
 
 
 class _Start:

@@ -13,7 +13,6 @@ The kernels know rows of one call only. Where rows from before it matter (a tail
 device's rows), the first W-1 outputs are computed again outside, by xla.py.
 """
 
-import functools
 from types import ModuleType
 
 import jax
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
 from kernels_pallas import backend
-from kernels_pallas.conv_history import History, history
+from kernels_pallas.conv_history import history, own_rows, replace_first_rows
 from kernels_pallas.dynamic_conv import gpu, tpu
 from kernels_pallas.dynamic_conv.blocks import choose, padded_width
 from kernels_pallas.dynamic_conv.xla import shifted_sums
@@ -47,14 +46,12 @@ def dynamic_conv_pallas(
     _choose("forward", u, w2)
     _choose("backward", u, w2)
     past, new_tail = history(u, tail, has_tail, segment_ids, axis_name)
-    seen = past.seen
-    if seen is not None and past.before is not None:
-        start = 0 if past.start is None else past.start[:, None]
-        seen = jnp.minimum(seen, jnp.arange(u.shape[1], dtype=jnp.int32) - start)
-    v = fused(u, h, w2, b2, seen)
-    if past.before is not None:
-        v = _first_rows(v, u, h, w2, b2, past)
-    return v, new_tail
+    v = fused(u, h, w2, b2, own_rows(u, past))
+
+    def first_rows(u, h, window):
+        return shifted_sums(u, h, w2, b2, window)
+
+    return replace_first_rows(v, (u, h), past, first_rows), new_tail
 
 
 def mover() -> tuple[str, ModuleType]:
@@ -65,23 +62,6 @@ def mover() -> tuple[str, ModuleType]:
 def _choose(which, u, w2):
     hidden, width, channels = w2.shape
     return choose(mover()[0], which, u.dtype, u.shape[1], channels, hidden, width)
-
-
-def _first_rows(v, u, h, w2, b2, past: History):
-    """Replaces the W-1 outputs from row `start` on, the only ones that `before` reaches."""
-    count = w2.shape[1] - 1
-    if past.start is None:
-        first = shifted_sums(u[:, :count], h[:, :count], w2, b2, past)
-        return v.at[:, :count].set(first)
-    at = jnp.minimum(past.start, u.shape[1] - count)
-
-    def cut(x):
-        return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, count))(x, at)
-
-    window = History(past.before, past.start - at, cut(past.seen))
-    first = shifted_sums(cut(u), cut(h), w2, b2, window)
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
-    return jax.vmap(put)(v, first, at)
 
 
 @jax.custom_vjp

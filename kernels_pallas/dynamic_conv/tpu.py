@@ -50,7 +50,7 @@ def forward(
     tiles = pl.cdiv(length, rows)
     arrays = [h, w, b[None], u, u]
     if seen is not None:
-        arrays.append(_seen_rows(seen, tiles, rows))
+        arrays.append(seen_rows(seen, tiles, rows))
     return backend.pallas(
         functools.partial(_forward, width=width),
         name="dynamic_conv_forward",
@@ -84,7 +84,7 @@ def backward(
     in_specs = _specs(h, width, blocks, 5, from_end)
     in_specs.append(pl.BlockSpec((None, rows, part), lambda i, d, t: (i, from_end(t), d)))
     if seen is not None:
-        arrays.append(_seen_rows(seen, tiles, rows))
+        arrays.append(seen_rows(seen, tiles, rows))
         in_specs += _specs(h, width, blocks, 6, from_end)[5:]
     du, dtaps, db, _ = backend.pallas(
         functools.partial(_backward, width=width, length=length, tiles=tiles),
@@ -108,7 +108,7 @@ def backward(
     return du, dtaps, db[:, 0]
 
 
-def _seen_rows(seen, tiles, rows):
+def seen_rows(seen, tiles, rows):
     """Lays the counts out as one row of lanes a tile; float32, since they are moved by sums."""
     batch, length = seen.shape
     padded = jnp.pad(seen, ((0, 0), (0, tiles * rows - length)))
@@ -145,7 +145,7 @@ def _taps_and_sources(h_ref, w_ref, b_ref, u_ref, halo_ref, seen, number, width)
     return taps, sources, [None if seen is None else seen >= back for back in backs]
 
 
-def _to_column(row):
+def to_column(row):
     """Turns [1, n] into [n, 1], as a masked sum."""
     shape = (row.shape[1], row.shape[1])
     i = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
@@ -155,7 +155,7 @@ def _to_column(row):
 
 def _forward(h_ref, w_ref, b_ref, u_ref, halo_ref, *refs, width):
     (*seen_ref, v_ref) = refs
-    seen = _to_column(seen_ref[0][...]) if seen_ref else None
+    seen = to_column(seen_ref[0][...]) if seen_ref else None
     taps, sources, owns = _taps_and_sources(
         h_ref, w_ref, b_ref, u_ref, halo_ref, seen, pl.program_id(2), width
     )
@@ -167,7 +167,7 @@ def _backward(h_ref, w_ref, b_ref, u_ref, halo_ref, dv_ref, *refs, width, length
     rows, part = u_ref.shape
     is_first = pl.program_id(2) == 0  # the last tile of the row
     number = tiles - 1 - pl.program_id(2)
-    seen = _to_column(seen_ref[0][...]) if seen_ref else None
+    seen = to_column(seen_ref[0][...]) if seen_ref else None
     taps, sources, owns = _taps_and_sources(
         h_ref, w_ref, b_ref, u_ref, halo_ref, seen, number, width
     )

@@ -7,10 +7,17 @@ from jax.typing import ArrayLike
 from kernels_pallas.checks import check_array, check_segment_ids
 from kernels_pallas.conv_history import check_tail
 from kernels_pallas.dispatch import dispatch
+from kernels_pallas.short_conv.pallas import short_conv_pallas
 from kernels_pallas.short_conv.reference import short_conv_reference
 from kernels_pallas.short_conv.xla import short_conv_xla
 
-IMPLEMENTATIONS = {"xla": short_conv_xla, "reference": short_conv_reference}
+# On a GPU once tests/kernels_pallas/test_short_conv_gpu.py has passed on one.
+KERNELS_ON = ("tpu",)
+IMPLEMENTATIONS = {
+    "pallas": short_conv_pallas,
+    "xla": short_conv_xla,
+    "reference": short_conv_reference,
+}
 ACTIVATIONS = (None, "silu")
 
 
@@ -45,7 +52,9 @@ def short_conv(
         tail untouched, and y is 0 there.
       axis_name: axis of the caller's `shard_map` over which T is split, in order. The devices
         exchange W-1 rows; `tail`, in and out, is the same on all of them.
-      implementation: "reference" (token by token), "xla" (shifted sums), or None for the fastest.
+      implementation: "reference" (token by token), "xla" (shifted sums), "pallas" (a kernel a pass,
+        for D a multiple of 16, W <= 8 and T >= 16; interpreted on a CPU), or None for the fastest
+        that takes the arguments; on a GPU the kernels are taken by name only.
 
     Returns:
       y [B, T, D] in u's dtype, and the new tail [B, W-1, D] in the tail's dtype (u's if None):
@@ -85,4 +94,5 @@ def short_conv(
         has_tail=has_tail,
         segment_ids=segment_ids,
         axis_name=axis_name,
+        kernels_on=KERNELS_ON,
     )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.conv_history import history, sources
+from kernels_pallas.conv_history import History, history, sources
 
 
 def short_conv_xla(
@@ -26,11 +26,19 @@ def short_conv_xla(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """Computes the op with shifts; `has_tail` says whether `tail` may hold anything but zeros."""
     past, new_tail = history(u, tail, has_tail, segment_ids, axis_name)
-    run = jax.checkpoint(functools.partial(_shifted_sums, activation=activation))
+    run = jax.checkpoint(functools.partial(shifted_sums, activation=activation))
     return run(u, w.astype(u.dtype), None if b is None else b.astype(u.dtype), past), new_tail
 
 
-def _shifted_sums(u, w, b, past, *, activation):
+def shifted_sums(
+    u: Float[Array, "B T D"],
+    w: Float[Array, "W D"],
+    b: Float[Array, " D"] | None,
+    past: History,
+    *,
+    activation: str | None,
+) -> Float[Array, "B T D"]:
+    """The convolution and its activation, given the history; padding comes out as 0."""
     dtype = jnp.result_type(u, jnp.float32)
     total = jnp.zeros(u.shape, dtype) if b is None else jnp.broadcast_to(b.astype(dtype), u.shape)
     for tap, source in zip(w, sources(u, past, len(w)), strict=True):

@@ -12,6 +12,7 @@ import compile_cases_conv
 import compile_cases_gdr
 import compile_cases_kda_dplr
 import compile_cases_linear_attention
+import compile_cases_short_conv
 import compile_cases_step
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ MODULES = (
     compile_cases_linear_attention,
     compile_cases_step,
     compile_cases_conv,
+    compile_cases_short_conv,
 )
 CASES = {name: case for module in MODULES for name, *case in module.CASES}
 WIDTHS = {name: case for module in MODULES for name, *case in module.WIDTHS}
@@ -119,7 +121,7 @@ def test_every_product_says_its_precision(platform, case):
         found = list(equations(jax.make_jaxpr(function)(*shapes).jaxpr))
     assert any(in_kernel for _, in_kernel in found)
     products = [x for x, _ in found if x.primitive.name == "dot_general"]
-    assert products or "step" in case  # a step multiplies and sums
+    assert products or "step" in case or "short_conv" in case  # these multiply and sum
     vague = [x for x in products if not is_explicit(x)]
     assert not vague, vague
 

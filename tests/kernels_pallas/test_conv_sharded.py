@@ -100,8 +100,9 @@ def test_equals_the_unsharded_op(name, has_tail, is_packed):
     assert_equals_unsharded(name, has_tail, is_packed, "xla", 4 * DEVICES)
 
 
-def test_the_kernel_equals_the_unsharded_op():
-    assert_equals_unsharded("dynamic", True, True, "pallas", 128 * DEVICES)
+@pytest.mark.parametrize(("name", "each"), [("dynamic", 128), ("short", 40)])
+def test_the_kernel_equals_the_unsharded_op(name, each):
+    assert_equals_unsharded(name, True, True, "pallas", each * DEVICES)
 
 
 def test_the_kernel_runs_on_shards_of_batch_and_channels():

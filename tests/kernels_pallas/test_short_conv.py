@@ -123,7 +123,7 @@ SMALL = dict(u=np.zeros((2, 5, 6), np.float32), w=np.zeros((4, 6), np.float32))
         (dict(tail=np.zeros((2, 3, 6), np.int32)), "tail has dtype int32"),
         (dict(segment_ids=np.zeros((5, 2), np.int32)), "segment_ids has shape"),
         (dict(activation="relu"), "activation='relu' is unknown; use 'silu' or None"),
-        (dict(implementation="pallas"), "'pallas' is unknown; use one of 'xla', 'reference'"),
+        (dict(implementation="cuda"), "'cuda' is unknown; use one of 'pallas', 'xla', 'reference'"),
     ],
 )
 def test_bad_input_is_refused_by_name(change, message):
