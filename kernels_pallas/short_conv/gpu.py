@@ -14,7 +14,7 @@ writes du (6). Rows read twice: (W-1)/128 of them forward, 3(W-1)/512 backward; 
 at the same time, so most come from the L2 cache. dw and db: one float32 row a weight and strip.
 Instructions a value (W = 4, SiLU, counted in the compiled loops): 15 forward, 28 backward, 23 and
 37 with segments and a bias; of the time that memory takes at least, on an H100, a third to two
-thirds. Without `backend.multiply_add` and `backend.sigmoid` they were 29 and 51 (8 channels a lane).
+thirds. Without `backend.multiply_add` and `backend.sigmoid` it was 29 and 51 (8 channels a lane).
 """
 
 import functools
