@@ -252,6 +252,7 @@ def walk_chunk(
     u = u.astype(v.dtype)
     o = None
     if m is not None:
+        assert y is not None
         o = matmul(v, y, NT) + add_up(matmul(x, r, NT) for x, r in zip(rounded, m, strict=True))
     state = tuple(x * d + matmul(u, r) for x, d, r in zip(state, whole, b, strict=True))
     if k is not None:

@@ -155,9 +155,9 @@ def kernel_gradients(
         dtype=jnp.float32 if is_kda else rows.q.dtype,
     )
     # The row factors of β have one layout everywhere.
-    wide = [None if y is None else for_kernel(y) for y in d[:5]]
+    q, k, a, b, g = (None if y is None else for_kernel(y) for y in d[:5])
     dv = for_kernel(back.r if is_kda else back.v)
-    return Gradients(*wide, d.beta, d.own), dv, back.first
+    return Gradients(q, k, a, b, g, d.beta, d.own), dv, back.first
 
 
 def _backward(options: Options, residuals, cotangents):

@@ -129,10 +129,11 @@ def _backward(options, residuals, cotangents):
     *inputs, initial_state, segment_ids, inverse = residuals
     do, dstate = cotangents
     operands, dtype = _dtypes(*inputs)
-    local, pull = jax.vjp(lambda *x: _local(options, *x, segment_ids), *inputs)
+    local, pull = jax.vjp(lambda *x: _local(options, *x, segment_ids=segment_ids), *inputs)
     do = to_chunks(do.astype(dtype), options.chunk, segment_ids)
     state = initial_state.astype(dtype)
     d, dinitial = gradients(_terms(local, inverse), state, do, dstate.astype(dtype), operands)
+    assert d.values is not None
     dlocal = Local(d.reads, d.writes, d.whole, d.values, d.source, do, d.inverse, d.scores)
     return (*pull(dlocal), dinitial.astype(initial_state.dtype), None)
 

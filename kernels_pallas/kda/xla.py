@@ -123,7 +123,7 @@ def _backward(options, residuals, cotangents):
     *inputs, initial_state, segment_ids, inverse = residuals
     do, dstate = cotangents
     operands, dtype = _dtypes(*inputs)
-    local, pull = jax.vjp(lambda *x: _local(options, *x, segment_ids), *inputs)
+    local, pull = jax.vjp(lambda *x: _local(options, *x, segment_ids=segment_ids), *inputs)
     do = to_chunks(do.astype(dtype), options.chunk, segment_ids)
     state = initial_state.astype(dtype)
     d, dinitial = gradients(_terms(local, inverse), state, do, dstate.astype(dtype), operands)

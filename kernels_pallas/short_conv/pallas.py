@@ -10,6 +10,7 @@ device's rows), the first W-1 outputs are computed again outside, by xla.py.
 
 import functools
 from types import ModuleType
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def short_conv_pallas(
         choose(mover()[0], which, u.shape, u.dtype, len(w))
     past, new_tail = history(u, tail, has_tail, segment_ids, axis_name)
     weights = w if b is None else jnp.concatenate([w, b[None]])
-    y = convolved(u, weights, own_rows(u, past), len(w), activation)
+    y = cast(jax.Array, convolved(u, weights, own_rows(u, past), len(w), activation))
 
     def first_rows(u, window):
         return shifted_sums(u, w, b, window, activation=activation)
