@@ -22,6 +22,8 @@ class RWKV7Options(DeltaOptions):
     head_dim·norm_eps.
     """
 
+    STATE_PRODUCTS = 4  # one more to remove along another key than it writes along
+
     head_dim: int | None = 64
     num_heads: int | None = None
     value_dim: int | None = None

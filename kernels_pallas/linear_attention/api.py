@@ -196,4 +196,15 @@ def linear_attention_step(
         raise ValueError(f"state has dtype {state.dtype}, expected float32 or bfloat16")
     check_same_dtype(q=q, k=k, v=v)
     _check_heads(sizes)
-    return dispatch("linear_attention_step", STEP, implementation, q, k, v, g, state, scale=scale)
+    return dispatch(
+        "linear_attention_step",
+        STEP,
+        implementation,
+        q,
+        k,
+        v,
+        g,
+        state,
+        scale=scale,
+        kernels_on=KERNELS_ON,
+    )

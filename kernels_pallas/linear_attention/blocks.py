@@ -45,9 +45,6 @@ GPU = Blocks()
 TPU = Blocks(chunks=8, walk_chunks=8, v_block=0, v_step=0, channels=0, enough=0)
 
 
-def find_blocks(platform: str, key_width: int) -> Blocks:
-    """Returns the blocks for a platform and a head's key width."""
-    if platform == "tpu":
-        return TPU
-    # A wide state takes the registers of half the columns of V.
-    return GPU if key_width <= 128 else dataclasses.replace(GPU, v_block=64)
+def find_blocks(platform: str) -> Blocks:
+    """Returns the blocks for a platform."""
+    return TPU if platform == "tpu" else GPU

@@ -74,7 +74,7 @@ def linear_attention_pallas(
     batch, length, heads, width = v.shape
     key_width = k.shape[-1]
     if blocks is None:
-        blocks = find_blocks(backend.platform(), key_width)
+        blocks = find_blocks(backend.platform())
     if g is None:
         g = jnp.zeros((batch, length, heads), jnp.float32)
     if initial_state is None:
@@ -125,8 +125,9 @@ def _prepare(options: Options, segment_ids, q, k, v, g, state) -> _Inputs:
     if segment_ids is not None:
         if options.axis_name is not None:
             ordinals, before = ordinals_over_devices(segment_ids, options.axis_name)
-        # What reads nothing and writes nothing changes nothing, nor has it gradients.
-        q, k = (jnp.where((segment_ids != 0)[..., None, None], x, 0) for x in (q, k))
+        # What reads nothing and writes nothing changes nothing, nor has it gradients; and 0 times
+        # whatever lies there must be 0.
+        q, k, v = (jnp.where((segment_ids != 0)[..., None, None], x, 0) for x in (q, k, v))
     has_channels = g.ndim == 4
     g = g.astype(jnp.float32) if has_channels else g.astype(jnp.float32)[..., None]
     g = _rows(options, with_borders(g, segment_ids, ordinals, before))
