@@ -146,7 +146,7 @@ def test_peers_get_our_options(monkeypatch):
     assert set(peer.LAYERS) == set(REAL) - {"jet"}
     peer.make_layer("rwkv7", 1536, REAL["rwkv7"].options)
     layers.RWKV7Attention.assert_called_once_with(
-        hidden_size=1536, head_dim=192, layer_idx=1, num_hidden_layers=2
+        hidden_size=1536, head_dim=192, fuse_norm=True, layer_idx=1, num_hidden_layers=2
     )
 
 
@@ -194,4 +194,5 @@ def test_a_described_block_is_what_the_peer_reads(tmp_path):
     *_, path = script("blocks").command(block, "torch", 5, tmp_path)
     described = json.loads(Path(path).read_text())
     assert described["sizes"] == [{"B": 8, "T": 4096}, {"B": 1, "T": 65536}]
-    assert described["shared"] == {"v_first": 1536} and described["options"] == {"head_dim": 192}
+    assert described["shared"] == {"v_first": 1536}
+    assert described["options"] == {"head_dim": 192, "fuse_norm": True}

@@ -268,7 +268,7 @@ def all_blocks(small: bool = False) -> list[Block]:
             "rwkv7",
             LOW_RANK,
             "channel",
-            {"head_dim": 192 // part},
+            {"head_dim": 192 // part, "fuse_norm": True},  # as its models have it
             width,
             shared={"v_first": width},
         ),

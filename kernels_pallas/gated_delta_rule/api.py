@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from kernels_pallas.checks import check_array, check_same_dtype, check_segment_ids
+from kernels_pallas.checks import (
+    check_array,
+    check_heads,
+    check_same_dtype,
+    check_sequence_options,
+    check_state_dtype,
+)
 from kernels_pallas.dispatch import dispatch
 from kernels_pallas.gated_delta_rule.pallas import gated_delta_rule_pallas
 from kernels_pallas.gated_delta_rule.reference import gated_delta_rule_reference
@@ -18,13 +24,6 @@ CHUNK = {
     "reference": gated_delta_rule_reference,
 }
 STEP = {"pallas": step_pallas, "xla": step_xla, "reference": step_reference}
-
-
-def _check_heads(sizes: dict[str, int]) -> None:
-    if sizes["HV"] % sizes["H"]:
-        raise ValueError(
-            f"v has HV={sizes['HV']} heads and q, k have H={sizes['H']}: HV must be a multiple of H"
-        )
 
 
 def gated_delta_rule(
@@ -106,16 +105,9 @@ def gated_delta_rule(
         initial_state = jnp.asarray(initial_state)
         check_array(sizes, "initial_state", initial_state, "B HV K V")
     check_same_dtype(q=q, k=k, v=v)
-    _check_heads(sizes)
-    if sizes["T"] == 0:
-        raise ValueError("q has T=0 tokens, expected at least one")
-    if segment_ids is not None:
-        segment_ids = jnp.asarray(segment_ids)
-        check_segment_ids(sizes, segment_ids)
-    if chunk_size not in (16, 32, 64, 128, 256):
-        raise ValueError(f"chunk_size={chunk_size}, expected 16, 32, 64, 128 or 256")
-    if not jnp.issubdtype(state_dtype, jnp.floating):
-        raise ValueError(f"state_dtype={state_dtype}, expected a floating-point dtype")
+    check_heads(sizes)
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+    check_sequence_options(sizes, segment_ids, chunk_size, state_dtype)
     return dispatch(
         "gated_delta_rule",
         CHUNK,
@@ -183,10 +175,9 @@ def gated_delta_step(
         g = jnp.asarray(g)
         check_array(sizes, "g", g, "B HV")
     check_array(sizes, "state", state, "B HV K V")
-    if state.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
-        raise ValueError(f"state has dtype {state.dtype}, expected float32 or bfloat16")
+    check_state_dtype(state)
     check_same_dtype(q=q, k=k, v=v)
-    _check_heads(sizes)
+    check_heads(sizes)
     return dispatch(
         "gated_delta_step",
         STEP,
