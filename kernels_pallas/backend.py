@@ -182,6 +182,11 @@ def matmul(a: jax.Array, b: jax.Array, contract: Any = NN) -> jax.Array:
     )
 
 
+def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Calls body(i, carry) for i < count inside a kernel; without a loop where there is one."""
+    return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+
+
 def multiply_add(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     """Returns a b + c of float32 values of one shape inside a kernel.
 

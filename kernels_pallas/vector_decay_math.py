@@ -1,15 +1,34 @@
 """Decays of a key channel each, as kernels compute them: pure functions of one chunk's values.
 
-The levels of vector_decay.py with whole [C, C] and [C, k] values, which neither Triton nor Mosaic
-can slice. At level l = 0, 1, ... rows lie in blocks of 2^l, and one matrix of factors serves both
-sides of a pair, since rows of odd blocks only read and those of even blocks only write there:
+A row t that reads (a query, a key of the delta rule) sees what an earlier row j has written with
+every channel decayed by e^{sum of g over j < i <= t}. A row that reads after its own decay is scaled
+by e^{g_t} beforehand, so that here all reads see the state before their row's decay, and
 
-    F = e^{M g}    M_ti = 1 where row i is in t's block and, t's block being odd: i <= t
+    score_tj = Σ_channels read_t write_j e^{Σ g_i, j < i < t}        j < t
+
+The diagonal, where no decay is left, is the caller's. Levels, as in vector_decay.py: at level
+l = 0, 1, ... rows lie in blocks of 2^l, and rows of every odd block read those of the even block
+before it. One matrix of factors serves both sides of a pair, since rows of odd blocks only read and
+those of even blocks only write:
+
+    F = e^{M g}    M_ti = 1 where row i is in t's block and, t's block being odd: i < t
                                                             even: i > t
-    score = Σ over levels of  [pair (t, j) meets here] ∘ (read F) (write F)ᵀ,  and the diagonal
+    score = Σ over levels of  [pair (t, j) meets here] ∘ (read F) (write F)ᵀ
 
-M g is a product with zeros and ones, so nothing is subtracted and nothing cancels. Columns of K do
-not depend on each other but for the sum over them in the scores: a kernel takes a few at a time.
+All exponents are sums of numbers <= 0. In float32 all six levels of a chunk of 64 rows are worked
+through. With bfloat16 operands, whose rounding is coarser than what an exponent loses, blocks whose
+decays are bounded, as those of RWKV-7 (-0.61 a token) and mostly those of GLA and KDA are, take one
+step instead: `base_bits` finds the largest blocks whose half decays by no more than e^-32, and in
+those a pair is factored about the block's middle, with factors in e^±32. That is safe, for they are
+bounded, and as exact: each term of a score is rounded relative to itself. Larger blocks than that
+are reached by the levels above. A chunk with a segment's border (a decay of zero) takes all levels.
+
+A log decay's gradient is a sum over all factors that span its row. About the middle of a block
+those of reads and writes have opposite signs and cancel for pairs on one side; they are products of
+the same rounded rows and the same rounded gradients of scores, and so cancel to float32.
+
+M g is a product with zeros and ones (and minus ones), x being split in two bfloat16. Columns of K
+do not depend on each other but for the sum over them in the scores: a kernel takes a few at a time.
 """
 
 from collections.abc import Callable
@@ -17,158 +36,290 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kernels_pallas.backend import NN, NT, TN, matmul
-from kernels_pallas.gated_delta_rule.kernel_math import indices
+from kernels_pallas.backend import NN, NT, TN, loop, matmul
+from kernels_pallas.gated_delta_rule.kernel_math import Parts, add_up, indices
+from kernels_pallas.gated_delta_rule.layout import span
 
-
-def split_high_low(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Splits float32 into two bfloat16 that add up to it but for 2^-17 of it."""
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+BOUND = 32.0  # of the exponents about a block's middle: their products stay under e^64 = 6e27
 
 
-def sum_rows(mask: jax.Array, x: jax.Array) -> jax.Array:
-    """Sums for every row t the rows of x that mask[t] selects.
+def pieces(x: jax.Array, operands: jnp.dtype) -> Parts:
+    """Cuts float32 values into operands that add up to them, to 2^-17 or better."""
+    if operands == jnp.float32:
+        return (x,)
+    high = x.astype(operands)
+    return high, (x - high.astype(jnp.float32)).astype(operands)
+
+
+def masked_sum(mask: jax.Array, x: Parts, contract: Any = NN) -> jax.Array:
+    """Sums those rows of x that the rows (with `TN` the columns) of a mask select.
 
     Args:
-      mask: [C, C] zeros and ones. In bfloat16 x is split in two and summed to 1e-5; in float32 to
-        float32 accuracy.
-      x: [C, k] float32.
+      mask: [C, C], boolean or of numbers that bfloat16 holds.
+      x: pieces of [C, k].
+      contract: `NN` or `TN`.
 
     Returns:
-      [C, k] float32.
+      [C, k] float32, to 1e-5 in bfloat16 and to float32 accuracy in float32.
     """
-    if mask.dtype == jnp.float32:
-        return matmul(mask, x)
-    high, low = split_high_low(x)
-    return matmul(mask, low) + matmul(mask, high)
+    mask = mask.astype(jnp.float32).astype(x[0].dtype)
+    return add_up(matmul(mask, piece, contract) for piece in reversed(x))
 
 
-class Masks(NamedTuple):
-    """Which rows a factor spans: zeros and ones, [C, C], of a row's factor by the rows it sums.
+def base_bits(most: jax.Array, size: int) -> jax.Array:
+    """Returns how large the blocks are that are taken about their middle: 2^bits rows.
 
-    The same structure holds arrays, references to them in a kernel, and block specs: made once
-    outside the kernel they cost a load, made inside they would cost its registers.
+    Args:
+      most: the largest -g of the chunk, a scalar.
+      size: C.
+    """
+    fits = [(most * (1 << bits) <= BOUND).astype(jnp.int32) for bits in range(num_levels(size))]
+    return add_up(fits)
+
+
+def chunk_bits(g_ref: Any, rows: Any, part: int, operands: jnp.dtype) -> Any:
+    """Returns `base_bits` of a chunk in a kernel; in float32 it is 0, one row a block.
+
+    Args:
+      g_ref: reference to log decays [T, K].
+      rows: the chunk's.
+      part: columns to take at a time.
+      operands: dtype of the products' operands.
     """
 
-    through: Any  # of e^{G_t}: row t spans i <= t
-    through_by: Any  # its transpose
-    after: Any  # of e^{G_C − G_j}: row j spans i > j
-    after_by: Any
-    covers: Any  # M of all levels, [log2 C, C, C]
-    covers_by: Any
-    pairs: Any  # 1 where row t reads at this level what row j has written, likewise
+    if operands == jnp.float32:
+        return 0
+
+    def most(p, x):
+        return jnp.maximum(x, jnp.max(-g_ref[rows, span(p, part)], axis=0)[None, :])
+
+    x = jnp.zeros((1, part), jnp.float32)
+    return base_bits(jnp.max(loop(g_ref.shape[-1] // part, most, x)), rows.size)
 
 
-def decay_masks(size: int, dtype: jnp.dtype, *, before: bool = False) -> Masks:
-    """Makes the masks of chunks of `size` rows, a power of two.
+def num_levels(size: int) -> int:
+    """Returns the number of levels of a chunk of `size` rows, a power of two."""
+    return size.bit_length() - 1
+
+
+def level_masks(size: int, bits: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns M and the pairs that meet at the level whose blocks have 2^bits rows, [C, C]."""
+    i, j = indices(size)
+    block_i, block_j = i >> bits, j >> bits
+    odd = (block_i & 1) == 1
+    spans = (block_i == block_j) & ((odd & (j < i)) | (~odd & (j > i)))
+    return spans, odd & (block_i == block_j + 1)
+
+
+def base_masks(size: int, bits: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns M of blocks of 2^bits rows about their middle, float32, and the pairs in a block."""
+    i, j = indices(size)
+    same, half = (i >> bits) == (j >> bits), (1 << bits) >> 1
+    row, column = i & ((1 << bits) - 1), j & ((1 << bits) - 1)
+    later = same & (row >= half) & (column >= half) & (column < row)
+    earlier = same & (row < half) & (column < half) & (column >= row)
+    return later.astype(jnp.float32) - earlier.astype(jnp.float32), same & (j < i)
+
+
+class Factors(NamedTuple):
+    """One step of the pairs: what scales rows, [C, k] float32, and which pairs it serves."""
+
+    reads: jax.Array
+    writes: jax.Array
+    links: jax.Array  # [C, C]
+    spans: jax.Array  # M
+
+
+def base_factors(g: jax.Array, bits: Any, operands: jnp.dtype) -> Factors:
+    """Returns the factors of blocks about their middle."""
+    spans, links = base_masks(g.shape[0], bits)
+    exponent = masked_sum(spans, pieces(g, operands))
+    # Only in blocks of one row, where no pair asks for it, can it exceed the bound.
+    writes = jnp.exp(jnp.minimum(-exponent - g, BOUND))
+    return Factors(jnp.exp(exponent), writes, links, spans)
+
+
+def level_factors(g: jax.Array, bits: Any, operands: jnp.dtype) -> Factors:
+    """Returns the factors of one level."""
+    spans, links = level_masks(g.shape[0], bits)
+    factor = jnp.exp(masked_sum(spans, pieces(g, operands)))
+    return Factors(factor, factor, links, spans)
+
+
+def over_pairs(size: int, bits: Any, base: Callable, level: Callable, carry: Any) -> Any:
+    """Goes through blocks about their middle, then through the levels above them.
 
     Args:
       size: C.
-      dtype: dtype of the products' operands.
-      before: for reads that see the state before their own row's decay (i < t where a row reads).
+      bits: of the blocks; a Python 0 leaves them out.
+      base: from the carry to the carry.
+      level: from a level's bits and the carry to the carry.
+      carry: the first.
     """
-    t, i = np.ogrid[:size, :size]
-    until = i < t if before else i <= t
-    covers, pairs = [], []
-    for level in range(size.bit_length() - 1):
-        same, odd = (t >> level) == (i >> level), ((t >> level) & 1) == 1
-        covers.append(same & np.where(odd, until, i > t))
-        pairs.append(((t >> level) == (i >> level) + 1) & odd)
-    transposed = [x.T for x in covers]
-    masks = Masks(until, until.T, i > t, i < t, *map(np.stack, (covers, transposed, pairs)))
-    return Masks(*(jnp.asarray(x, dtype) for x in masks))
+    if not (isinstance(bits, int) and bits == 0):
+        carry = base(carry)
+    return jax.lax.fori_loop(bits, num_levels(size), level, carry)
+
+
+Rows = tuple[jax.Array, ...]  # [C, k] float32 each
+Scores = tuple[tuple[jax.Array, ...], ...]  # of each kind of reads by each of writes, [C, C] float32
+
+
+def add_scores(
+    sums: Scores, reads: Rows, writes: Rows, g: jax.Array, bits: Any, operands: jnp.dtype
+) -> Scores:
+    """Adds some columns' share of the scores below the diagonal.
+
+    Args:
+      sums: scores so far.
+      reads: rows that read, times e^g where they read after their own decay.
+      writes: rows that write.
+      g: log decays likewise.
+      bits: see `base_bits`.
+      operands: dtype of the products' operands.
+
+    Returns:
+      The sums.
+    """
+
+    def add(factors: Factors, sums: Scores) -> Scores:
+        left = [(x * factors.reads).astype(operands) for x in reads]
+        right = [(x * factors.writes).astype(operands) for x in writes]
+        return tuple(
+            tuple(
+                total + jnp.where(factors.links, matmul(x, y, NT), 0.0)
+                for total, y in zip(totals, right, strict=True)
+            )
+            for totals, x in zip(sums, left, strict=True)
+        )
+
+    return over_pairs(
+        g.shape[0],
+        bits,
+        lambda sums: add(base_factors(g, bits, operands), sums),
+        lambda bits, sums: add(level_factors(g, bits, operands), sums),
+        sums,
+    )
+
+
+class Gradients(NamedTuple):
+    """Gradients of some columns of a chunk's rows, [C, k] float32."""
+
+    reads: Rows
+    writes: Rows
+    g: jax.Array
+
+
+def add_gradients(
+    sums: Gradients,
+    rows: Callable[[], tuple[Rows, Rows, jax.Array]],
+    dscores: tuple[tuple[Parts, ...], ...],
+    bits: Any,
+    operands: jnp.dtype,
+) -> Gradients:
+    """Adds the gradients through some columns' share of the scores below the diagonal.
+
+    Args:
+      sums: gradients so far.
+      rows: gives reads, writes and g as for `add_scores`; called at every step, so that a kernel
+        need not hold them.
+      dscores: pieces of the scores' gradients, whose entries above the diagonal do not count.
+      bits: see `base_bits`.
+      operands: dtype of the products' operands.
+
+    Returns:
+      The sums.
+    """
+
+    def add(factors: Factors, reads, writes, sums: Gradients):
+        left = [(x * factors.reads).astype(operands) for x in reads]
+        right = [(x * factors.writes).astype(operands) for x in writes]
+        linked = [
+            [[jnp.where(factors.links, x, jnp.zeros_like(x)) for x in parts] for parts in kinds]
+            for kinds in dscores
+        ]
+        dleft = [
+            add_up(matmul(x, y) for kind, y in zip(kinds, right, strict=True) for x in kind)
+            for kinds in linked
+        ]
+        dright = [
+            add_up(
+                matmul(x, y, TN) for kinds, y in zip(linked, left, strict=True) for x in kinds[n]
+            )
+            for n in range(len(right))
+        ]
+        found = Gradients(
+            tuple(x + factors.reads * d for x, d in zip(sums.reads, dleft, strict=True)),
+            tuple(x + factors.writes * d for x, d in zip(sums.writes, dright, strict=True)),
+            sums.g,
+        )
+
+        def inner(rows, gradients):
+            pairs = zip(rows, gradients, strict=True)
+            return add_up(x.astype(jnp.float32) * d for x, d in pairs)
+
+        return found, inner(left, dleft), inner(right, dright)
+
+    def spread(factors: Factors, x: jax.Array) -> jax.Array:
+        return masked_sum(factors.spans, pieces(x, operands), TN)
+
+    def base(sums: Gradients) -> Gradients:
+        reads, writes, g = rows()
+        factors = base_factors(g, bits, operands)
+        found, by_reads, by_writes = add(factors, reads, writes, sums)
+        return found._replace(g=found.g + spread(factors, by_reads - by_writes) - by_writes)
+
+    def level(bits, sums: Gradients) -> Gradients:
+        reads, writes, g = rows()
+        factors = level_factors(g, bits, operands)
+        found, by_reads, by_writes = add(factors, reads, writes, sums)
+        return found._replace(g=found.g + spread(factors, by_reads + by_writes))
+
+    return over_pairs(sums.g.shape[0], bits, base, level, sums)
 
 
 class Ends(NamedTuple):
-    """Factors between rows and the chunk's ends, [C, k] and [1, k] float32."""
+    """Factors between rows and the chunk's ends."""
 
-    from_start: jax.Array
-    to_end: jax.Array
-    whole: jax.Array
+    before: jax.Array  # e^{sum of g before the row}, of reads of the state before the chunk [C, k]
+    after: jax.Array  # e^{sum of g after the row}, of writes as the chunk's end sees them [C, k]
+    whole: jax.Array  # e^{sum of all g} [1, k]
 
 
-def end_factors(g: jax.Array, masks: Masks) -> Ends:
-    """Computes e^{G_t}, e^{G_C − G_j} and e^{G_C} of log decays [C, k] float32."""
+def end_factors(g: jax.Array, operands: jnp.dtype) -> Ends:
+    """Computes the factors of log decays [C, k] float32."""
+    i, j = indices(g.shape[0])
+    x = pieces(g, operands)
     return Ends(
-        jnp.exp(sum_rows(masks.through[...], g)),
-        jnp.exp(sum_rows(masks.after[...], g)),
+        jnp.exp(masked_sum(j < i, x)),
+        jnp.exp(masked_sum(j > i, x)),
         jnp.exp(jnp.sum(g, axis=0)[None, :]),
     )
 
 
-def channel_scores(q: jax.Array, k: jax.Array, g: jax.Array, masks: Masks) -> jax.Array:
-    """Computes some channels' share of the scores q_tᵀ e^{G_t − G_j} k_j, j <= t.
-
-    Args:
-      q: query rows [C, k] float32.
-      k: key rows likewise.
-      g: log decays likewise.
-      masks: of the chunk, in the dtype of the products' operands.
-
-    Returns:
-      [C, C] float32, zero above the diagonal.
-    """
-    i, j = indices(g.shape[0])
-
-    def add(level, total):
-        factor = jnp.exp(sum_rows(masks.covers[level], g))
-        pairs = masks.pairs[level]
-        products = matmul((q * factor).astype(pairs.dtype), (k * factor).astype(pairs.dtype), NT)
-        return total + products * pairs.astype(jnp.float32)
-
-    own = jnp.where(i == j, jnp.sum(q * k, axis=1)[:, None], 0.0)
-    return jax.lax.fori_loop(0, masks.covers.shape[0], add, own)
-
-
-class ChannelGradients(NamedTuple):
-    """Gradients of some channels of a chunk, [C, k] float32."""
-
-    q: jax.Array
-    k: jax.Array
-    g: jax.Array
-
-
-def channel_gradients(
-    rows: Callable[[], tuple[jax.Array, jax.Array, jax.Array]],
-    dscores: jax.Array,
-    dread: jax.Array,
-    dwrite: jax.Array,
+def end_gradients(
+    reads: Rows,
+    writes: Rows,
+    d: Gradients,
     dwhole: jax.Array,
-    masks: Masks,
-) -> ChannelGradients:
-    """Computes the gradients of some channels' queries, keys and log decays.
-
-    A log decay's gradient sums the gradients of the logarithms of all factors that span its row.
+    ends: Ends,
+    operands: jnp.dtype,
+) -> Gradients:
+    """Takes gradients through the decay between some columns of the rows and the chunk's ends.
 
     Args:
-      rows: gives queries, keys and log decays [C, k] float32; called at every level, so that a
-        kernel need not hold them.
-      dscores: gradient of the scores [C, C], zero above the diagonal, in the operands' dtype.
-      dread: gradient of q e^G, [C, k] float32.
-      dwrite: gradient of k e^{G_C − G}, likewise.
-      dwhole: gradient of e^{G_C}, [1, k] float32.
-      masks: of the chunk, in the dtype of the products' operands.
+      reads: rows that read, times e^g where they read after their own decay.
+      writes: rows that write.
+      d: gradients of the rows scaled by the ends' factors; its g is not used.
+      dwhole: gradient of `ends.whole`, [1, k].
+      ends: the factors.
+      operands: dtype of the products' operands.
     """
-    i, j = indices(dscores.shape[0])
-    own = jnp.where(i == j, dscores.astype(jnp.float32), 0.0)
-    own = jnp.sum(own, axis=1)[:, None]
-    q, k, g = rows()
-    ends = end_factors(g, masks)
-    dq, dk = ends.from_start * dread, ends.to_end * dwrite
-    dg = sum_rows(masks.through_by[...], q * dq) + sum_rows(masks.after_by[...], k * dk)
-    sums = dq + own * k, dk + own * q, dg + ends.whole * dwhole
-
-    def add(level, sums):
-        dq, dk, dg = sums
-        q, k, g = rows()
-        factor = jnp.exp(sum_rows(masks.covers[level], g))
-        pairs = masks.pairs[level] * dscores
-        by_q = factor * matmul(pairs, (k * factor).astype(pairs.dtype), NN)
-        by_k = factor * matmul(pairs, (q * factor).astype(pairs.dtype), TN)
-        dg = dg + sum_rows(masks.covers_by[level], q * by_q + k * by_k)
-        return dq + by_q, dk + by_k, dg
-
-    return ChannelGradients(*jax.lax.fori_loop(0, masks.covers.shape[0], add, sums))
+    i, j = indices(ends.before.shape[0])
+    dreads = tuple(ends.before * x for x in d.reads)
+    dwrites = tuple(ends.after * x for x in d.writes)
+    before = add_up(x * y for x, y in zip(reads, dreads, strict=True))
+    after = add_up(x * y for x, y in zip(writes, dwrites, strict=True))
+    dg = masked_sum(j < i, pieces(before, operands), TN) + ends.whole * dwhole
+    return Gradients(dreads, dwrites, dg + masked_sum(j > i, pieces(after, operands), TN))

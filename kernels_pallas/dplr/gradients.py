@@ -20,12 +20,13 @@ from jax.experimental import pallas as pl
 from kernels_pallas import backend
 from kernels_pallas.backend import NN, NT, matmul
 from kernels_pallas.dplr.blocks import part_width
-from kernels_pallas.dplr.gradient_math import end_gradients, mask_pairs, pair_gradients
-from kernels_pallas.dplr.kernel_math import Pairs, Vectors, decay_to_ends, pieces
-from kernels_pallas.dplr.prepare import Inputs, input_specs, over_parts, read_vectors
+from kernels_pallas.dplr.gradient_math import cut_pairs, row_gradients
+from kernels_pallas.dplr.kernel_math import Pairs, Vectors
+from kernels_pallas.dplr.prepare import Inputs, input_specs, read_vectors
 from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks
 from kernels_pallas.gated_delta_rule.kernel_math import indices, to_column, to_row
 from kernels_pallas.gated_delta_rule.layout import Layout, row_shape, span
+from kernels_pallas.vector_decay_math import chunk_bits
 
 
 class Walks(NamedTuple):
@@ -67,7 +68,7 @@ def _pair_products(w: Walks, rows: Any, v_step: int) -> Pairs:
     zeros = jnp.zeros((CHUNK, CHUNK), jnp.float32)
     others = None if w.v is None else zeros
     start = Pairs(zeros, zeros, others, others)
-    return over_parts(w.u.shape[-1] // v_step, add, start)
+    return backend.loop(w.u.shape[-1] // v_step, add, start)
 
 
 def _state_products(
@@ -92,7 +93,7 @@ def _state_products(
     zeros = jnp.zeros((CHUNK, part), jnp.float32)
     start = Vectors(zeros, zeros, zeros, None if w.v is None else zeros)
     first = jnp.zeros((1, part), jnp.float32)
-    return over_parts(w.u.shape[-1] // v_step, add, (start, first))
+    return backend.loop(w.u.shape[-1] // v_step, add, (start, first))
 
 
 def _body(refs: Inputs, w: Walks, beta_ref, out: Gradients, *, chunks, part, v_step, scale):
@@ -105,37 +106,36 @@ def _body(refs: Inputs, w: Walks, beta_ref, out: Gradients, *, chunks, part, v_s
         if out.own is not None:
             j, t = indices(CHUNK)
             out.own[row, :] = jnp.sum(jnp.where(j == t, products.ab, 0.0), axis=0)[None, :]
-        pairs = mask_pairs(products)
+        pairs = cut_pairs(products, operands)
+        bits = chunk_bits(refs.g, rows, part, operands)
 
         def columns_of_k(p, dbeta):
             columns = span(p, part)
-            x = read_vectors(refs, rows, row, columns, scale)
-            g = refs.g[rows, columns]
             d, dwhole = _state_products(w, i, rows, columns, part, v_step)
-            ends = decay_to_ends(g, operands, is_before)
-            found, dg = end_gradients(x, d, dwhole, ends, operands, is_before)
-            more, dg_pairs = pair_gradients(x, pairs, pieces(g, operands), is_before)
-            total = Vectors(
-                *(None if y is None else y + z for y, z in zip(found, more, strict=True))
-            )
-            out.g[rows, columns] = dg + dg_pairs
+
+            def given():
+                return read_vectors(refs, rows, row, columns, scale), refs.g[rows, columns]
+
+            total, dg = row_gradients(given, pairs, d, dwhole, bits, operands, is_before)
+            out.g[rows, columns] = dg
             out.q[rows, columns] = total.q.astype(out.q.dtype)
             if is_before:
                 for ref, y in zip((out.a, out.b, out.k), total[1:], strict=True):
                     ref[rows, columns] = y.astype(ref.dtype)
                 return dbeta
             # a = −k and b = β k of the normalised keys.
+            x, _ = given()
             beta = to_column(beta_ref[row, :])
             dk = beta * total.b - total.a
             out.k[rows, columns] = dk.astype(out.k.dtype)
             return dbeta - jnp.sum(x.a * total.b, axis=1)[:, None]
 
-        dbeta = over_parts(count, columns_of_k, jnp.zeros((CHUNK, 1), jnp.float32))
+        dbeta = backend.loop(count, columns_of_k, jnp.zeros((CHUNK, 1), jnp.float32))
         if out.beta is not None:
             out.beta[row, :] = to_row(dbeta)
         return carry
 
-    over_parts(chunks, chunk, 0)
+    backend.loop(chunks, chunk, 0)
 
 
 def gradients(

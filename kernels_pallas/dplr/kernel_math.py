@@ -14,21 +14,17 @@ so that two products are the only chain of the walk over the chunks, and of the 
 KDA is the case a = −k, b = β k with Â read after the row's own decay, V in the place of A_ak V, and
 nothing written but along b: Z = T, Y = F, dV = dR, and U are the errors v − S~ᵀk.
 
-Decay between rows: at level s = 1, 2, 4, ... rows lie in blocks of s. With masks of 0 and 1, one
-product sums the log decays of each row of an odd block from the block's start, and of each row of
-an even block to the block's end; e^{these sums} scales rows that read and rows that write, and of
-their product the entries count that link an odd block to the even one before. Every pair is
-linked at one level, all exponents are sums of numbers <= 0, and nothing is subtracted.
+Decay between rows and to the chunk's ends: vector_decay_math.py.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.backend import NN, NT, matmul
+from kernels_pallas.backend import NT, matmul
 from kernels_pallas.gated_delta_rule.kernel_math import Parts, add_up, indices, unit_inverse
+from kernels_pallas.vector_decay_math import Ends, add_scores, pieces
 
 
 class Vectors(NamedTuple):
@@ -39,48 +35,20 @@ class Vectors(NamedTuple):
     b: Any
     k: Any  # None in KDA
 
+    @property
+    def reads(self) -> tuple[Any, ...]:
+        """What belongs to the rows that read."""
+        return self.q, self.a
 
-class Level(NamedTuple):
-    """Masks [C, C] of one level."""
-
-    own: jax.Array  # sums a row's log decays with the row's own where it reads
-    before: jax.Array  # the same without the row's own
-    links: jax.Array  # pairs of rows that meet at this level
-
-
-def level_masks(size: int, bits: Any) -> Level:
-    """Returns the masks of the level whose blocks have 2^bits rows, of a chunk of `size` rows."""
-    i, j = indices(size)
-    block_i, block_j = i >> bits, j >> bits
-    inside, odd = block_i == block_j, (block_i & 1) == 1
-    return Level(
-        inside & ((odd & (j <= i)) | (~odd & (j > i))),
-        inside & odd & (j < i),
-        odd & (block_i == block_j + 1),
-    )
+    @property
+    def writes(self) -> tuple[Any, ...]:
+        """What belongs to the rows that write."""
+        return (self.b,) if self.k is None else (self.b, self.k)
 
 
-def over_levels(size: int, body: Callable[[Level, Any], Any], carry: Any) -> Any:
-    """Loops over the levels of a chunk; unrolled, their masks would fill a GPU's shared memory."""
-
-    def level(bits, carry):
-        return body(level_masks(size, bits), carry)
-
-    return jax.lax.fori_loop(0, size.bit_length() - 1, level, carry)
-
-
-def pieces(x: jax.Array, operands: jnp.dtype) -> Parts:
-    """Cuts float32 values into operands that add up to them, to 2^-17 or better."""
-    if operands == jnp.float32:
-        return (x,)
-    high = x.astype(operands)
-    return high, (x - high.astype(jnp.float32)).astype(operands)
-
-
-def masked_sum(mask: jax.Array, x: Parts, contract: Any = NN) -> jax.Array:
-    """Sums those rows of x that the rows (with `TN` the columns) of a mask select."""
-    mask = jnp.where(mask, 1.0, 0.0).astype(x[0].dtype)
-    return add_up(matmul(mask, piece, contract) for piece in reversed(x))
+def scale_reads(x: Vectors, own: jax.Array, is_before: bool) -> Vectors:
+    """Scales what reads after its row's own decay e^g: q, and a unless `is_before`."""
+    return x._replace(q=own * x.q, a=x.a if is_before else own * x.a)
 
 
 def multiply(x: jax.Array, y: jax.Array, operands: jnp.dtype) -> jax.Array:
@@ -96,64 +64,44 @@ def multiply(x: jax.Array, y: jax.Array, operands: jnp.dtype) -> jax.Array:
 
 
 class Pairs(NamedTuple):
-    """Scores of pairs of rows [C, C], or their gradients; the last two are None in KDA."""
+    """Scores of pairs of rows [C, C], or what belongs to them; the last two are None in KDA."""
 
     qb: Any
     ab: Any
     qk: Any
     ak: Any
 
-
-def scale_rows(x: Vectors, own: jax.Array, before: jax.Array, operands: jnp.dtype) -> Vectors:
-    """Scales rows by the decay factors of a level and rounds them; a takes `before`."""
-    factors = Vectors(own, before, own, own)
-    return Vectors(
-        *(
-            None if y is None else (y * factor).astype(operands)
-            for y, factor in zip(x, factors, strict=True)
-        )
-    )
+    @property
+    def nested(self) -> tuple[tuple[Any, ...], ...]:
+        """By reads, then by writes."""
+        if self.qk is None:
+            return (self.qb,), (self.ab,)
+        return (self.qb, self.qk), (self.ab, self.ak)
 
 
-def add_pairs(sums: Pairs, x: Vectors, g: Parts, is_before: bool) -> Pairs:
+def add_pairs(
+    sums: Pairs, x: Vectors, g: jax.Array, bits: Any, operands: jnp.dtype, is_before: bool
+) -> Pairs:
     """Adds some columns' share of the scores.
 
     Args:
       sums: scores so far, float32.
       x: the rows, with all factors but decay.
-      g: pieces of the log decays.
+      g: log decays.
+      bits: see `vector_decay_math.base_bits`.
+      operands: dtype of the products' operands.
       is_before: whether a reads the state before its row's own decay.
 
     Returns:
       The sums.
     """
     i, j = indices(x.q.shape[0])
-    operands = g[0].dtype
-
-    def link(total, reads, writes, links):
-        if total is None:
-            return None
-        return total + jnp.where(links, matmul(reads, writes, NT), 0.0)
-
-    def add(level: Level, sums: Pairs) -> Pairs:
-        own = jnp.exp(masked_sum(level.own, g))
-        before = jnp.exp(masked_sum(level.before, g)) if is_before else own
-        y = scale_rows(x, own, before, operands)
-        return Pairs(
-            link(sums.qb, y.q, y.b, level.links),
-            link(sums.ab, y.a, y.b, level.links),
-            link(sums.qk, y.q, y.k, level.links),
-            link(sums.ak, y.a, y.k, level.links),
-        )
-
-    sums = over_levels(x.q.shape[0], add, sums)
-
-    def own_row(total, writes):
-        if total is None:
-            return None
-        return total + jnp.where(i == j, jnp.sum(x.q * writes, axis=1)[:, None], 0.0)
-
-    return sums._replace(qb=own_row(sums.qb, x.b), qk=own_row(sums.qk, x.k))
+    y = scale_reads(x, jnp.exp(g), is_before)
+    of_q, of_a = add_scores(sums.nested, y.reads, y.writes, g, bits, operands)
+    # A row's own writing is read as it is.
+    own = [jnp.where(i == j, jnp.sum(x.q * w, axis=1)[:, None], 0.0) for w in x.writes]
+    of_q = [total + y for total, y in zip(of_q, own, strict=True)]
+    return Pairs(of_q[0], of_a[0], *((None, None) if x.k is None else (of_q[1], of_a[1])))
 
 
 class Squares(NamedTuple):
@@ -181,25 +129,6 @@ def chunk_squares(pairs: Pairs, operands: jnp.dtype, inverse: jax.Array | None =
     return Squares(t, f, z, pairs.qk + multiply(f, pairs.ak, operands))
 
 
-class Ends(NamedTuple):
-    """Decay factors between some columns of a chunk's rows and the chunk's ends."""
-
-    own: jax.Array  # e^{G_t} [C, K_p]
-    before: jax.Array  # e^{G_t-1}, or e^{G_t} where a reads after its row's decay
-    after: jax.Array  # e^{G_C − G_t}
-    whole: jax.Array  # γ [1, K_p]
-
-
-def decay_to_ends(g: jax.Array, operands: jnp.dtype, is_before: bool) -> Ends:
-    """Computes decay factors; g [C, K_p] float32."""
-    i, j = indices(g.shape[0])
-    x = pieces(g, operands)
-    own = jnp.exp(masked_sum(j <= i, x))
-    before = jnp.exp(masked_sum(j < i, x)) if is_before else own
-    whole = jnp.exp(jnp.sum(g, axis=0)[None, :])
-    return Ends(own, before, jnp.exp(masked_sum(j > i, x)), whole)
-
-
 class RowTerms(NamedTuple):
     """Some columns of what meets the state, [C, K_p]."""
 
@@ -210,11 +139,18 @@ class RowTerms(NamedTuple):
 
 
 def row_terms(x: Vectors, ends: Ends, squares: Squares, operands: jnp.dtype) -> RowTerms:
-    """Computes some columns of W, M, B_e and K_e, float32."""
+    """Computes some columns of W, M, B_e and K_e, float32.
+
+    Args:
+      x: the rows, scaled by `scale_reads`.
+      ends: the decay to the chunk's ends.
+      squares: T and F.
+      operands: dtype of the products' operands.
+    """
     reads = ends.before * x.a
     return RowTerms(
         multiply(squares.t, reads, operands),
-        ends.own * x.q + multiply(squares.f, reads, operands),
+        ends.before * x.q + multiply(squares.f, reads, operands),
         ends.after * x.b,
         None if x.k is None else ends.after * x.k,
     )

@@ -3,7 +3,7 @@
     T = (I − A_ab)^-1    F = A_qb T    W = T Â    M = Q̂ + F Â    Z = T A_ak    Y = A_qk + F A_ak
     B_e = b e^{G_C − G}    K_e = k e^{G_C − G}    γ = e^{G_C}
 
-(kernel_math.py has the notation and says how decay between rows is handled.) One program takes one
+(kernel_math.py has the notation, vector_decay_math.py the decay between rows.) One program takes one
 chunk of one head on a GPU, eight on a TPU. It goes over K twice, a part at a time: for the scores
 of pairs, which end as matrices [C, C] in registers (VMEM), then for W, M, B_e and K_e.
 Read: q, k (and a, b) and g. Written, a token and head: W, M and B_e (and K_e), K values each; T and
@@ -28,13 +28,13 @@ from kernels_pallas.dplr.kernel_math import (
     Vectors,
     add_pairs,
     chunk_squares,
-    decay_to_ends,
-    pieces,
     row_terms,
+    scale_reads,
 )
 from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks
 from kernels_pallas.gated_delta_rule.kernel_math import to_column
 from kernels_pallas.gated_delta_rule.layout import Layout, row_shape, span
+from kernels_pallas.vector_decay_math import chunk_bits, end_factors
 
 
 class Inputs(NamedTuple):
@@ -66,11 +66,6 @@ def read_vectors(refs: Inputs, rows: Any, row: Any, columns: Any, scale: float) 
     return Vectors(scale * q, a, b, k)
 
 
-def over_parts(count: int, body: Any, carry: Any) -> Any:
-    """Loops over parts of K or V; without a loop where there is one."""
-    return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
-
-
 def store(ref: Any, at: Any, value: Any) -> None:
     """Writes where there is a reference to write to."""
     if ref is not None:
@@ -83,15 +78,16 @@ def _body(refs: Inputs, known_ref, out: Prepared, *, chunks, part, scale):
 
     def chunk(i, carry):
         rows, row = span(i, CHUNK), pl.ds(i, 1)
+        bits = chunk_bits(refs.g, rows, part, operands)
 
         def pairs(p, sums):
             columns = span(p, part)
             x = read_vectors(refs, rows, row, columns, scale)
-            return add_pairs(sums, x, pieces(refs.g[rows, columns], operands), is_before)
+            return add_pairs(sums, x, refs.g[rows, columns], bits, operands, is_before)
 
         zeros = jnp.zeros((CHUNK, CHUNK), jnp.float32)
         others = zeros if is_before else None
-        sums = over_parts(count, pairs, Pairs(zeros, zeros, others, others))
+        sums = backend.loop(count, pairs, Pairs(zeros, zeros, others, others))
         known = None if known_ref is None else known_ref[rows, :]
         squares = chunk_squares(sums, operands, known)
         for ref, value in zip(out.squares, squares, strict=True):
@@ -99,17 +95,18 @@ def _body(refs: Inputs, known_ref, out: Prepared, *, chunks, part, scale):
 
         def terms(p, carry):
             columns = span(p, part)
+            g = refs.g[rows, columns]
             x = read_vectors(refs, rows, row, columns, scale)
-            ends = decay_to_ends(refs.g[rows, columns], operands, is_before)
+            x, ends = scale_reads(x, jnp.exp(g), is_before), end_factors(g, operands)
             for ref, value in zip(out.rows, row_terms(x, ends, squares, operands), strict=True):
                 store(ref, (rows, columns), value)
             out.whole[row, columns] = ends.whole
             return carry
 
-        over_parts(count, terms, 0)
+        backend.loop(count, terms, 0)
         return carry
 
-    over_parts(chunks, chunk, 0)
+    backend.loop(chunks, chunk, 0)
 
 
 def input_specs(inputs: Inputs, layout: Layout, chunks: int) -> Inputs:

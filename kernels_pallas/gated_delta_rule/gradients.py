@@ -36,10 +36,6 @@ from kernels_pallas.gated_delta_rule.scores import read_gates
 SMALLEST = 1e-20  # a writing strength under this is treated as 0
 
 
-def _loop(steps, add, sums):
-    return add(0, sums) if steps == 1 else jax.lax.fori_loop(0, steps, add, sums)
-
-
 class Outputs(NamedTuple):
     """What the kernel writes."""
 
@@ -84,7 +80,7 @@ def _body(
             )
 
         square = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        sums = _loop(steps, add_pairs, PairProducts(square, square))
+        sums = backend.loop(steps, add_pairs, PairProducts(square, square))
         q, k = load(q_ref, rows, parts), load(k_ref, rows, parts)
         pair = pair_gradients(sums, q, k, read_gates(gate_refs, i), scale, use_qk_l2norm)
         out_refs.beta[row, :], out_refs.own[row, :] = pair.beta, pair.own
@@ -103,7 +99,7 @@ def _body(
 
         zeros = tuple(jnp.zeros((CHUNK, x.shape[1]), jnp.float32) for x in k)
         inner = jnp.zeros((v_step, 1), jnp.float32)
-        sums, inner = _loop(steps, add_states, (StateProducts(zeros, zeros, zeros), inner))
+        sums, inner = backend.loop(steps, add_states, (StateProducts(zeros, zeros, zeros), inner))
         out = row_gradients(sums, pair, q, k, read_gates(gate_refs, i), scale, use_qk_l2norm)
         for part, dq, dk in zip(parts, out.q, out.k, strict=True):
             out_refs.q[rows, part] = dq.astype(out_refs.q.dtype)
@@ -112,10 +108,7 @@ def _body(
         out_refs.inner[row, :] = jnp.sum(inner, axis=0)[:, None]
         return carry
 
-    if chunks == 1:
-        chunk(0, 0)
-    else:
-        jax.lax.fori_loop(0, chunks, chunk, 0)
+    backend.loop(chunks, chunk, 0)
 
 
 def gradients(

@@ -42,10 +42,7 @@ def _body(q_ref, k_ref, gate_refs, known_ref, out, *, chunks, parts, scale, use_
         out.write[row, :] = found.write
         return carry
 
-    if chunks == 1:
-        chunk(0, 0)
-    else:
-        jax.lax.fori_loop(0, chunks, chunk, 0)
+    backend.loop(chunks, chunk, 0)
 
 
 def scores(

@@ -21,50 +21,46 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import backend
-from kernels_pallas.backend import NN, NT, matmul
+from kernels_pallas.backend import NN, NT, loop, matmul
 from kernels_pallas.gated_delta_rule.kernel_math import indices
 from kernels_pallas.gated_delta_rule.layout import Layout, row_shape, span
 from kernels_pallas.linear_attention.blocks import CHUNK, Blocks
 from kernels_pallas.linear_attention.kernel_terms import Terms
 from kernels_pallas.vector_decay_math import (
-    Masks,
-    channel_gradients,
-    channel_scores,
-    decay_masks,
+    Gradients,
+    add_gradients,
+    add_scores,
+    chunk_bits,
     end_factors,
+    end_gradients,
 )
 
 
-def _loop(steps: int, add: Any, sums: Any) -> Any:
-    return add(0, sums) if steps == 1 else jax.lax.fori_loop(0, steps, add, sums)
+def _terms_body(q_ref, k_ref, g_ref, out: Terms, *, chunks, channels, scale):
+    operands = q_ref.dtype
 
-
-def _mask_spec() -> Masks:
-    square = pl.BlockSpec((CHUNK, CHUNK), lambda *_: (0, 0))
-    stack = pl.BlockSpec((CHUNK.bit_length() - 1, CHUNK, CHUNK), lambda *_: (0, 0, 0))
-    return Masks(square, square, square, square, stack, stack, stack)
-
-
-def _terms_body(q_ref, k_ref, g_ref, masks, out: Terms, *, chunks, channels, scale):
     def chunk(n, carry):
         rows = span(n, CHUNK)
+        i, j = indices(CHUNK)
+        bits = chunk_bits(g_ref, rows, channels, operands)
 
         def add(step, scores):
             part = span(step, channels)
             q, k = (ref[rows, part].astype(jnp.float32) for ref in (q_ref, k_ref))
             q, g = q * scale, g_ref[rows, part]
-            ends = end_factors(g, masks)
-            out.read[rows, part] = (q * ends.from_start).astype(out.read.dtype)
-            out.write[rows, part] = (k * ends.to_end).astype(out.write.dtype)
+            scores = scores + jnp.where(i == j, jnp.sum(q * k, axis=1)[:, None], 0.0)
+            q, ends = q * jnp.exp(g), end_factors(g, operands)
+            out.read[rows, part] = (q * ends.before).astype(out.read.dtype)
+            out.write[rows, part] = (k * ends.after).astype(out.write.dtype)
             out.whole[pl.ds(n, 1), part] = ends.whole
-            return scores + channel_scores(q, k, g, masks)
+            return add_scores(((scores,),), (q,), (k,), g, bits, operands)[0][0]
 
         scores = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        scores = _loop(q_ref.shape[-1] // channels, add, scores)
+        scores = loop(q_ref.shape[-1] // channels, add, scores)
         out.scores[rows, :] = scores.astype(out.scores.dtype)
         return carry
 
-    _loop(chunks, chunk, 0)
+    loop(chunks, chunk, 0)
 
 
 def channel_terms(
@@ -89,13 +85,13 @@ def channel_terms(
         functools.partial(_terms_body, chunks=n, channels=blocks.channels or width, scale=scale),
         name="linear_attention_channel_terms",
         grid=(batch, heads, length // (n * CHUNK)),
-        in_specs=[keys, keys, own, _mask_spec()],
+        in_specs=[keys, keys, own],
         out_specs=[Terms(own, None, own, None, matrix, row)],
         out_shape=[Terms(rows, None, rows, None, scores, whole)],
         fastest_first=(1, 2, 0),
         num_warps=blocks.terms[0],
         num_stages=blocks.terms[1],
-    )(q, k, g, decay_masks(CHUNK, q.dtype))
+    )(q, k, g)
     return out
 
 
@@ -119,7 +115,6 @@ def _gradients_body(
     q_ref,
     k_ref,
     g_ref,
-    masks,
     v_ref,
     do_ref,
     states_ref,
@@ -131,7 +126,7 @@ def _gradients_body(
     v_step,
     scale,
 ):
-    steps = v_ref.shape[-1] // v_step
+    steps, operands = v_ref.shape[-1] // v_step, q_ref.dtype
 
     def chunk(n, carry):
         rows = span(n, CHUNK)
@@ -141,8 +136,10 @@ def _gradients_body(
             return total + matmul(do_ref[rows, columns], v_ref[rows, columns], NT)
 
         i, j = indices(CHUNK)
-        pairs = _loop(steps, add_pairs, jnp.zeros((CHUNK, CHUNK), jnp.float32))
-        pairs = jnp.where(i >= j, pairs, 0.0).astype(q_ref.dtype)
+        pairs = loop(steps, add_pairs, jnp.zeros((CHUNK, CHUNK), jnp.float32))
+        own = jnp.sum(jnp.where(i == j, pairs, 0.0), axis=1)[:, None]
+        pairs = pairs.astype(operands)
+        bits = chunk_bits(g_ref, rows, channels, operands)
 
         def some_channels(step, carry):
             part = span(step, channels)
@@ -160,21 +157,30 @@ def _gradients_body(
 
             zeros = jnp.zeros((CHUNK, channels), jnp.float32)
             sums = zeros, zeros, jnp.zeros((1, channels), jnp.float32)
-            reads, writes, inner = _loop(steps, add_states, sums)
+            reads, writes, inner = loop(steps, add_states, sums)
 
-            def inputs():
+            def given():
                 q, k = (ref[rows, part].astype(jnp.float32) for ref in (q_ref, k_ref))
                 return q * scale, k, g_ref[rows, part]
 
-            found = channel_gradients(inputs, pairs, reads, writes, inner, masks)
-            out.q[rows, part] = (found.q * scale).astype(out.q.dtype)
-            out.k[rows, part] = found.k.astype(out.k.dtype)
-            out.g[rows, part] = found.g
+            def scaled():
+                q, k, g = given()
+                return (q * jnp.exp(g),), (k,), g
+
+            d = Gradients((reads,), (writes,), jnp.zeros_like(reads))
+            ends = end_factors(g_ref[rows, part], operands)
+            sums = end_gradients(*scaled()[:2], d, inner, ends, operands)
+            sums = add_gradients(sums, scaled, (((pairs,),),), bits, operands)
+            q, k, g = given()
+            dq = jnp.exp(g) * sums.reads[0]
+            out.q[rows, part] = ((dq + own * k) * scale).astype(out.q.dtype)
+            out.k[rows, part] = (sums.writes[0] + own * q).astype(out.k.dtype)
+            out.g[rows, part] = sums.g + q * dq
             return carry
 
-        return _loop(q_ref.shape[-1] // channels, some_channels, carry)
+        return loop(q_ref.shape[-1] // channels, some_channels, carry)
 
-    _loop(chunks, chunk, 0)
+    loop(chunks, chunk, 0)
 
 
 def channel_kernel_gradients(
@@ -221,11 +227,11 @@ def channel_kernel_gradients(
         ),
         name="linear_attention_channel_gradients",
         grid=(batch, heads, length // (n * CHUNK)),
-        in_specs=[keys, keys, own, _mask_spec(), values, values, state, state],
+        in_specs=[keys, keys, own, values, values, state, state],
         out_specs=[ChannelOutputs(own, own, own)],
         out_shape=[ChannelOutputs(rows, rows, decays)],
         fastest_first=(1, 2, 0),
         num_warps=blocks.channel_gradients[0],
         num_stages=blocks.channel_gradients[1],
-    )(q, k, g, decay_masks(CHUNK, q.dtype), v, do, states, dstates)
+    )(q, k, g, v, do, states, dstates)
     return out

@@ -45,17 +45,6 @@ class DecayRows(NamedTuple):
     to_end: Any  # e^{G_C − G_j}
 
 
-def _each_chunk(chunks: int, chunk: Any) -> None:
-    if chunks == 1:
-        chunk(0, 0)
-    else:
-        jax.lax.fori_loop(0, chunks, chunk, 0)
-
-
-def _loop(steps: int, add: Any, sums: Any) -> Any:
-    return add(0, sums) if steps == 1 else jax.lax.fori_loop(0, steps, add, sums)
-
-
 def _products(q: Parts, k: Parts) -> jax.Array:
     return add_up(matmul(a, b, NT) for a, b in zip(q, k, strict=True))
 
@@ -68,7 +57,7 @@ def _scores_body(q_ref, k_ref, coarse_ref, fine_ref, out_ref, *, chunks, parts, 
         out_ref[rows, :] = scores.astype(out_ref.dtype)
         return carry
 
-    _each_chunk(chunks, chunk)
+    backend.loop(chunks, chunk, 0)
 
 
 def head_scores(
@@ -153,7 +142,7 @@ def _gradients_body(
 
         zeros = tuple(jnp.zeros((CHUNK, x.stop - x.start), jnp.float32) for x in parts)
         sums = jnp.zeros((CHUNK, CHUNK), jnp.float32), zeros, zeros
-        sums = _loop(steps, add, (*sums, jnp.zeros((v_step, 1), jnp.float32)))
+        sums = backend.loop(steps, add, (*sums, jnp.zeros((v_step, 1), jnp.float32)))
         pairs, reads, writes, inner = sums
         out.inner[row, :] = jnp.sum(inner, axis=0)[:, None]
 
@@ -175,7 +164,7 @@ def _gradients_body(
             out.k[rows, part] = (y + matmul(by_scores, a, TN)).astype(out.k.dtype)
         return carry
 
-    _each_chunk(chunks, chunk)
+    backend.loop(chunks, chunk, 0)
 
 
 def head_gradients(
