@@ -1,8 +1,8 @@
 """Decays of a key channel each, as kernels compute them: pure functions of one chunk's values.
 
 A row t that reads (a query, a key of the delta rule) sees what an earlier row j has written with
-every channel decayed by e^{sum of g over j < i <= t}. A row that reads after its own decay is scaled
-by e^{g_t} beforehand, so that here all reads see the state before their row's decay, and
+every channel decayed by e^{sum of g over j < i <= t}. A row that reads after its own decay is
+scaled by e^{g_t} beforehand, so that here all reads see the state before their row's decay, and
 
     score_tj = Σ_channels read_t write_j e^{Σ g_i, j < i < t}        j < t
 
@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.backend import NN, NT, TN, loop, matmul
+from kernels_pallas.backend import NN, NT, TN, loop, matmul, platform
 from kernels_pallas.gated_delta_rule.kernel_math import Parts, add_up, indices
 from kernels_pallas.gated_delta_rule.layout import span
 
@@ -72,19 +72,20 @@ def base_bits(most: jax.Array, size: int) -> jax.Array:
 
     Args:
       most: the largest -g of the chunk, a scalar.
-      size: C.
+      size: rows that the largest blocks may have.
     """
     fits = [(most * (1 << bits) <= BOUND).astype(jnp.int32) for bits in range(num_levels(size))]
     return add_up(fits)
 
 
-def chunk_bits(g_ref: Any, rows: Any, part: int, operands: jnp.dtype) -> Any:
+def chunk_bits(g_ref: Any, rows: Any, part: int, size: int, operands: jnp.dtype) -> Any:
     """Returns `base_bits` of a chunk in a kernel; in float32 it is 0, one row a block.
 
     Args:
       g_ref: reference to log decays [T, K].
       rows: the chunk's.
       part: columns to take at a time.
+      size: rows that the largest blocks may have.
       operands: dtype of the products' operands.
     """
 
@@ -95,7 +96,7 @@ def chunk_bits(g_ref: Any, rows: Any, part: int, operands: jnp.dtype) -> Any:
         return jnp.maximum(x, jnp.max(-g_ref[rows, span(p, part)], axis=0)[None, :])
 
     x = jnp.zeros((1, part), jnp.float32)
-    return base_bits(jnp.max(loop(g_ref.shape[-1] // part, most, x)), rows.size)
+    return base_bits(jnp.max(loop(g_ref.shape[-1] // part, most, x)), size)
 
 
 def num_levels(size: int) -> int:
@@ -163,7 +164,9 @@ def over_pairs(size: int, bits: Any, base: Callable, level: Callable, carry: Any
 
 
 Rows = tuple[jax.Array, ...]  # [C, k] float32 each
-Scores = tuple[tuple[jax.Array, ...], ...]  # of each kind of reads by each of writes, [C, C] float32
+Scores = tuple[
+    tuple[jax.Array, ...], ...
+]  # of each kind of reads by each of writes, [C, C] float32
 
 
 def add_scores(
@@ -214,7 +217,7 @@ class Gradients(NamedTuple):
 def add_gradients(
     sums: Gradients,
     rows: Callable[[], tuple[Rows, Rows, jax.Array]],
-    dscores: tuple[tuple[Parts, ...], ...],
+    dscores: Callable[[], tuple[tuple[Parts, ...], ...]],
     bits: Any,
     operands: jnp.dtype,
 ) -> Gradients:
@@ -224,7 +227,7 @@ def add_gradients(
       sums: gradients so far.
       rows: gives reads, writes and g as for `add_scores`; called at every step, so that a kernel
         need not hold them.
-      dscores: pieces of the scores' gradients, whose entries above the diagonal do not count.
+      dscores: gives pieces of the scores' gradients, likewise; only those below the diagonal count.
       bits: see `base_bits`.
       operands: dtype of the products' operands.
 
@@ -235,20 +238,8 @@ def add_gradients(
     def add(factors: Factors, reads, writes, sums: Gradients):
         left = [(x * factors.reads).astype(operands) for x in reads]
         right = [(x * factors.writes).astype(operands) for x in writes]
-        linked = [
-            [[jnp.where(factors.links, x, jnp.zeros_like(x)) for x in parts] for parts in kinds]
-            for kinds in dscores
-        ]
-        dleft = [
-            add_up(matmul(x, y) for kind, y in zip(kinds, right, strict=True) for x in kind)
-            for kinds in linked
-        ]
-        dright = [
-            add_up(
-                matmul(x, y, TN) for kinds, y in zip(linked, left, strict=True) for x in kinds[n]
-            )
-            for n in range(len(right))
-        ]
+        linked = jax.tree.map(lambda x: jnp.where(factors.links, x, jnp.zeros_like(x)), dscores())
+        dleft, dright = _by_writes(linked, right), _by_reads(linked, left)
         found = Gradients(
             tuple(x + factors.reads * d for x, d in zip(sums.reads, dleft, strict=True)),
             tuple(x + factors.writes * d for x, d in zip(sums.writes, dright, strict=True)),
@@ -298,28 +289,108 @@ def end_factors(g: jax.Array, operands: jnp.dtype) -> Ends:
     )
 
 
-def end_gradients(
-    reads: Rows,
-    writes: Rows,
+def tile_rows(size: int) -> int:
+    """Returns how many rows of a chunk gradients are taken of at a time: all on a TPU.
+
+    On a GPU it is half of them, for registers: what a step works on overflows them otherwise.
+    """
+    return size if platform() == "tpu" else size // 2
+
+
+class Tile(NamedTuple):
+    """The gradients of half a chunk's rows, or of all."""
+
+    own: Gradients
+    beyond: Any  # what each row's g in the other half gets besides, [1, k]; None without halves
+
+
+def tile_gradients(
+    rows: Callable[[], tuple[Rows, Rows, jax.Array]],
+    other: Callable[[], tuple[Rows, Rows, jax.Array]] | None,
+    dscores: Callable[[bool, bool], tuple[tuple[Parts, ...], ...]],
     d: Gradients,
     dwhole: jax.Array,
-    ends: Ends,
+    is_second: Any,
+    bits: Any,
     operands: jnp.dtype,
-) -> Gradients:
-    """Takes gradients through the decay between some columns of the rows and the chunk's ends.
+) -> Tile:
+    """Takes gradients through the decays of some columns of a chunk.
 
     Args:
-      reads: rows that read, times e^g where they read after their own decay.
-      writes: rows that write.
-      d: gradients of the rows scaled by the ends' factors; its g is not used.
-      dwhole: gradient of `ends.whole`, [1, k].
-      ends: the factors.
+      rows: gives reads, writes and g as for `add_scores`, of this half of the rows; called often,
+        so that a kernel need not hold them.
+      other: gives those of the other half; None where the first are all.
+      dscores: gives pieces of the gradients of the scores, zero above the diagonal, where rows of
+        the other half read (else of this one) and rows of the other half write.
+      d: gradients of the reads times the decay since the chunk's start, and of the writes times
+        that to its end; its g is not used.
+      dwhole: gradient of e^{sum of all g}, [1, k].
+      is_second: whether this half is the second, a scalar.
+      bits: see `base_bits`.
       operands: dtype of the products' operands.
     """
-    i, j = indices(ends.before.shape[0])
-    dreads = tuple(ends.before * x for x in d.reads)
-    dwrites = tuple(ends.after * x for x in d.writes)
-    before = add_up(x * y for x, y in zip(reads, dreads, strict=True))
-    after = add_up(x * y for x, y in zip(writes, dwrites, strict=True))
-    dg = masked_sum(j < i, pieces(before, operands), TN) + ends.whole * dwhole
-    return Gradients(dreads, dwrites, dg + masked_sum(j > i, pieces(after, operands), TN))
+    reads, writes, g = rows()
+    i, j = indices(g.shape[0])
+    ends = end_factors(g, operands)
+    start, end, whole = ends
+
+    def inner(x: Rows, y: Rows) -> jax.Array:
+        return add_up(a * b for a, b in zip(x, y, strict=True))
+
+    if other is not None:
+        rest = jnp.exp(jnp.sum(other()[2], axis=0)[None, :])
+        start, end = start * jnp.where(is_second, rest, 1.0), end * jnp.where(is_second, 1.0, rest)
+        whole = whole * rest
+    dreads, dwrites = tuple(start * x for x in d.reads), tuple(end * x for x in d.writes)
+    by_reads, by_writes, beyond = inner(reads, dreads), inner(writes, dwrites), None
+    if other is not None:
+        beyond = jnp.sum(jnp.where(is_second, by_reads, by_writes), axis=0)[None, :]
+        # Of the two blocks that link the halves one is zero, whichever half this is.
+        other_reads, other_writes, other_g = other()
+        others = end_factors(other_g, operands)
+        left = [(x * others.before).astype(operands) for x in other_reads]
+        right = [(x * others.after).astype(operands) for x in other_writes]
+        linked = tuple(ends.before * x for x in _by_writes(dscores(False, True), right))
+        dreads, by_reads = _add(dreads, linked), by_reads + inner(reads, linked)
+        linked = tuple(ends.after * x for x in _by_reads(dscores(True, False), left))
+        dwrites, by_writes = _add(dwrites, linked), by_writes + inner(writes, linked)
+    dg = masked_sum(j < i, pieces(by_reads, operands), TN) + whole * dwhole
+    dg = dg + masked_sum(j > i, pieces(by_writes, operands), TN)
+    sums = Gradients(dreads, dwrites, dg)
+    return Tile(add_gradients(sums, rows, lambda: dscores(False, False), bits, operands), beyond)
+
+
+def _add(x: Rows, y: Rows) -> Rows:
+    return tuple(a + b for a, b in zip(x, y, strict=True))
+
+
+def _by_writes(dscores: Any, writes: Any) -> Rows:
+    """Returns the gradients of scaled reads."""
+    return tuple(
+        add_up(matmul(x, y) for parts, y in zip(kinds, writes, strict=True) for x in parts)
+        for kinds in dscores
+    )
+
+
+def _by_reads(dscores: Any, reads: Any) -> Rows:
+    """Returns the gradients of scaled writes."""
+    return tuple(
+        add_up(matmul(x, y, TN) for parts, y in zip(kinds, reads, strict=True) for x in parts)
+        for kinds in zip(*dscores, strict=True)
+    )
+
+
+def with_beyond(dg: jax.Array, beyond: jax.Array | None) -> jax.Array:
+    """Adds `Tile.beyond` to the gradients of log decays.
+
+    Args:
+      dg: [B, T, H, K] float32.
+      beyond: [B, H, 2 N, K] float32, or None.
+    """
+    if beyond is None:
+        return dg
+    batch, length, heads, width = dg.shape
+    halves = beyond.shape[2]
+    rest = beyond.reshape(batch, heads, halves // 2, 2, width)[:, :, :, ::-1]
+    rest = jnp.moveaxis(rest.reshape(beyond.shape), 1, 2)[:, :, None]
+    return (dg.reshape(batch, halves, -1, heads, width) + rest).reshape(dg.shape)

@@ -19,18 +19,19 @@ from kernels_pallas.dplr.kernel_math import Pairs, Vectors, scale_reads
 from kernels_pallas.gated_delta_rule.kernel_math import Parts, add_up, indices
 from kernels_pallas.vector_decay_math import (
     Gradients,
-    add_gradients,
-    end_factors,
-    end_gradients,
     pieces,
+    tile_gradients,
 )
 
 
 class PairGradients(NamedTuple):
-    """The gradients of the scores as the columns of K meet them."""
+    """The gradients of a chunk's scores, by the kinds of reads and then of writes.
 
-    below: tuple[tuple[Parts, ...], ...]  # pieces, by reads and writes
-    own: tuple[jax.Array, ...]  # the diagonal of those of q, by writes [C, 1] float32
+    The same structure holds arrays, references to them in a kernel, and block specs.
+    """
+
+    below: Any  # pieces that add up to them [C, C], zero above the diagonal
+    own: Any  # by writes: the diagonal of those of q, a row [1, C] float32
 
 
 def cut_pairs(x: Pairs, operands: jnp.dtype) -> PairGradients:
@@ -39,49 +40,68 @@ def cut_pairs(x: Pairs, operands: jnp.dtype) -> PairGradients:
     Those by b are kept in two pieces: where keys resemble each other large ones cancel.
     """
     i, j = indices(x.qb.shape[0])
-    of_q, of_a = x.nested
+    of_q, of_a = (tuple(jnp.where(i >= j, y, 0.0) for y in kinds) for kinds in x.nested)
 
     def cut(by_b, *by_k):
         return pieces(by_b, operands), *((y.astype(operands),) for y in by_k)
 
-    own = tuple(jnp.sum(jnp.where(i == j, y, 0.0), axis=1)[:, None] for y in of_q)
-    return PairGradients((cut(*of_q), cut(*of_a)), own)
+    return PairGradients((cut(*of_q), cut(*of_a)), tuple(diagonal(y) for y in of_q))
+
+
+def diagonal(x: jax.Array) -> jax.Array:
+    """Returns the diagonal of a matrix [C, C] as a row [1, C]."""
+    i, j = indices(x.shape[0])
+    return jnp.sum(jnp.where(i == j, x, 0.0), axis=0)[None, :]
+
+
+class RowGradients(NamedTuple):
+    """The gradients of some rows and columns."""
+
+    rows: Vectors
+    g: jax.Array
+    beyond: Any  # see `vector_decay_math.Tile`
 
 
 def row_gradients(
     rows: Callable[[], tuple[Vectors, jax.Array]],
-    pairs: PairGradients,
+    other: Callable[[], tuple[Vectors, jax.Array]] | None,
+    below: Callable[[bool, bool], tuple[tuple[Parts, ...], ...]],
+    own_pairs: tuple[jax.Array, ...],
     d: Vectors,
     dwhole: jax.Array,
+    is_second: Any,
     bits: Any,
     operands: jnp.dtype,
     is_before: bool,
-) -> tuple[Vectors, jax.Array]:
+) -> RowGradients:
     """Takes gradients through some columns' share of the scores and of what meets the state.
 
     Args:
-      rows: gives the rows, with all factors but decay, and the log decays; called often, so that a
-        kernel need not hold them.
-      pairs: gradients of the scores.
+      rows: gives the rows, with all factors but decay, and the log decays, of all of the chunk or
+        half of it; called often, so that a kernel need not hold them.
+      other: gives those of the other half, or None.
+      below: gives blocks of `PairGradients.below` (see `vector_decay_math.tile_gradients`).
+      own_pairs: `PairGradients.own` as columns.
       d: gradients of Q̂, Â, B_e and K_e.
       dwhole: gradient of γ, [1, K_p].
+      is_second: whether the rows are the second half.
       bits: see `vector_decay_math.base_bits`.
       operands: dtype of the products' operands.
       is_before: whether a reads the state before its row's own decay.
-
-    Returns:
-      The gradients of the rows, and that of g [C, K_p].
     """
 
-    def scaled():
-        x, g = rows()
-        x = scale_reads(x, jnp.exp(g), is_before)
-        return x.reads, x.writes, g
+    def scaled(rows):
+        def give():
+            x, g = rows()
+            x = scale_reads(x, jnp.exp(g), is_before)
+            return x.reads, x.writes, g
 
-    reads, writes, g = scaled()
-    sums = Gradients(d.reads, d.writes, g)
-    sums = end_gradients(reads, writes, sums, dwhole, end_factors(g, operands), operands)
-    sums = add_gradients(sums, scaled, pairs.below, bits, operands)
+        return None if rows is None else give
+
+    sums = Gradients(d.reads, d.writes, rows()[1])
+    sums, beyond = tile_gradients(
+        scaled(rows), scaled(other), below, sums, dwhole, is_second, bits, operands
+    )
     x, g = rows()
     own, dg = jnp.exp(g), sums.g
     dq, da = sums.reads
@@ -90,6 +110,6 @@ def row_gradients(
     if not is_before:
         da = own * da
         dg = dg + x.a * da
-    dq = dq + add_up(y * w for y, w in zip(pairs.own, x.writes, strict=True))
-    db, *dk = (dw + y * x.q for dw, y in zip(sums.writes, pairs.own, strict=True))
-    return Vectors(dq, da, db, dk[0] if dk else None), dg
+    dq = dq + add_up(y * w for y, w in zip(own_pairs, x.writes, strict=True))
+    db, *dk = (dw + y * x.q for dw, y in zip(sums.writes, own_pairs, strict=True))
+    return RowGradients(Vectors(dq, da, db, dk[0] if dk else None), dg, beyond)

@@ -1,7 +1,7 @@
-"""KDA and the DPLR rule in four kernels, with their derivative, on a GPU or a TPU.
+"""KDA and the DPLR rule in five kernels, with their derivative, on a GPU or a TPU.
 
     prepare (all chunks)  ->  walk (over the chunks)                          forward
-    prepare  ->  walk again for states and U  ->  walk back  ->  gradients    backward
+    prepare  ->  walk again for states and U  ->  walk back  ->  gradients of scores, of rows
 
 Mathematics: kernel_math.py and gradient_math.py. Segments and padding are dealt with here, as
 decays of zero and rows of zeros. Kept for the backward pass: the inputs and T (64 values a token
@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import backend
 from kernels_pallas.dplr.blocks import find_blocks
-from kernels_pallas.dplr.gradients import Gradients, Walks, gradients
+from kernels_pallas.dplr.gradients import Gradients, gradients
+from kernels_pallas.dplr.pair_gradients import Walks, pair_gradients
 from kernels_pallas.dplr.prepare import Inputs, prepare
 from kernels_pallas.dplr.walk import walk
 from kernels_pallas.dplr.walk_back import walk_back
@@ -26,6 +27,7 @@ from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks
 from kernels_pallas.gated_delta_rule.layout import for_kernel
 from kernels_pallas.gated_delta_rule.pallas import V_UNIT, check_supported
 from kernels_pallas.vector_decay import with_borders
+from kernels_pallas.vector_decay_math import with_beyond
 
 
 class Options(NamedTuple):
@@ -133,11 +135,12 @@ def forward(options: Options, rows: Rows, state: jax.Array) -> tuple[Any, Any]:
 
 def kernel_gradients(
     options: Options, rows: Rows, state: jax.Array, inverse: jax.Array, do: jax.Array, dlast: Any
-) -> tuple[Gradients, jax.Array, jax.Array]:
+) -> tuple[Gradients, jax.Array, jax.Array, jax.Array | None]:
     """Runs the backward kernels.
 
     Returns:
-      The gradients of q, k, a, b, g and β [B, T, H, ·], that of v, and that of the state.
+      The gradients of q, k, a, b, g and β [B, T, H, ·], that of v, and that of the state; in KDA β
+      times its gradient, by another sum.
     """
     blocks = options.blocks
     inputs, v, do = _inputs(rows), for_kernel(rows.v), for_kernel(do.astype(rows.v.dtype))
@@ -146,9 +149,11 @@ def kernel_gradients(
     back = walk_back(x, do, dlast, blocks=blocks)
     is_kda = rows.a is None
     walks = Walks(do, back.r, walked.u, None if is_kda else v, walked.states, back.states)
+    pairs = pair_gradients(walks, blocks=blocks)
     d = gradients(
         inputs,
         walks,
+        pairs.pairs,
         rows.beta,
         blocks=blocks,
         scale=options.scale,
@@ -156,13 +161,14 @@ def kernel_gradients(
     )
     # The row factors of β have one layout everywhere.
     q, k, a, b, g = (None if y is None else for_kernel(y) for y in d[:5])
+    g = with_beyond(g, d.beyond)
     dv = for_kernel(back.r if is_kda else back.v)
-    return Gradients(q, k, a, b, g, d.beta, d.own), dv, back.first
+    return Gradients(q, k, a, b, g, None, d.beta), dv, back.first, pairs.beta
 
 
 def _backward(options: Options, residuals, cotangents):
     rows, state, inverse = residuals
-    d, dv, dfirst = kernel_gradients(options, rows, state, inverse, *cotangents)
+    d, dv, dfirst, _ = kernel_gradients(options, rows, state, inverse, *cotangents)
     dq = (options.scale * d.q.astype(jnp.float32)).astype(rows.q.dtype)
     return Rows(dq, d.k, dv, d.a, d.b, d.g, None, None), dfirst
 

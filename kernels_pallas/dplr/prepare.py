@@ -57,10 +57,10 @@ class Prepared(NamedTuple):
 
 
 def read_vectors(refs: Inputs, rows: Any, row: Any, columns: Any, scale: float) -> Vectors:
-    """Reads some columns of a chunk's rows, scaled by all factors but decay."""
+    """Reads some columns of rows, scaled by all factors but decay; `row`: where those stand."""
     q, k = (ref[rows, columns].astype(jnp.float32) for ref in (refs.q, refs.k))
     if refs.a is None:
-        of_q, of_a, of_b = (to_column(ref[row, :]) for ref in refs.factors)
+        of_q, of_a, of_b = (to_column(ref[row]) for ref in refs.factors)
         return Vectors(of_q * q, of_a * k, of_b * k, None)
     a, b = (ref[rows, columns].astype(jnp.float32) for ref in (refs.a, refs.b))
     return Vectors(scale * q, a, b, k)
@@ -78,11 +78,11 @@ def _body(refs: Inputs, known_ref, out: Prepared, *, chunks, part, scale):
 
     def chunk(i, carry):
         rows, row = span(i, CHUNK), pl.ds(i, 1)
-        bits = chunk_bits(refs.g, rows, part, operands)
+        bits = chunk_bits(refs.g, rows, part, CHUNK, operands)
 
         def pairs(p, sums):
             columns = span(p, part)
-            x = read_vectors(refs, rows, row, columns, scale)
+            x = read_vectors(refs, rows, (row, slice(None)), columns, scale)
             return add_pairs(sums, x, refs.g[rows, columns], bits, operands, is_before)
 
         zeros = jnp.zeros((CHUNK, CHUNK), jnp.float32)
@@ -96,7 +96,7 @@ def _body(refs: Inputs, known_ref, out: Prepared, *, chunks, part, scale):
         def terms(p, carry):
             columns = span(p, part)
             g = refs.g[rows, columns]
-            x = read_vectors(refs, rows, row, columns, scale)
+            x = read_vectors(refs, rows, (row, slice(None)), columns, scale)
             x, ends = scale_reads(x, jnp.exp(g), is_before), end_factors(g, operands)
             for ref, value in zip(out.rows, row_terms(x, ends, squares, operands), strict=True):
                 store(ref, (rows, columns), value)

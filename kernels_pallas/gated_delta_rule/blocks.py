@@ -22,6 +22,7 @@ class Blocks:
       states: the same of the walk that rebuilds states and errors.
       back: the same of the walk back.
       gradients: the same of the gradient kernel.
+      pairs: the same of that of the scores' gradients, where it is one of its own.
       enough: programs of a walk that keep the device busy; with fewer, T is cut into segments.
       programs: programs of a walk to cut it into then.
       ahead: whether the walk with outputs reads rows one chunk early and V through a product.
@@ -37,6 +38,7 @@ class Blocks:
     states: tuple[int, int] = (4, 3)
     back: tuple[int, int] = (4, 2)
     gradients: tuple[int, int] = (8, 2)
+    pairs: tuple[int, int] = (4, 2)
     enough: int = 132
     programs: int = 768
     ahead: bool = False

@@ -73,7 +73,7 @@ def _forward(options, q, k, v, g, beta, state):
 def _backward(options, residuals, cotangents):
     q, k, v, g, beta, state, inverse = residuals
     rows = _rows(options, q, k, v, g, beta)
-    d, dv, dfirst = kernel_gradients(options[0], rows, state, inverse, *cotangents)
+    d, dv, dfirst, by_errors = kernel_gradients(options[0], rows, state, inverse, *cotangents)
 
     def normalised(q, k):
         return prepare_queries_keys(
@@ -89,7 +89,7 @@ def _backward(options, residuals, cotangents):
     dq, dk = pull((d.q, d.k))
     is_written = rows.beta > SMALLEST
     # dV is β times the gradient of δ; where β is 0, δ's gradient comes from what it is written to.
-    dbeta = jnp.where(is_written, d.own / jnp.where(is_written, rows.beta, 1.0), d.beta)
+    dbeta = jnp.where(is_written, by_errors / jnp.where(is_written, rows.beta, 1.0), d.beta)
     return dq, dk, dv, d.g, from_rows(dbeta), dfirst
 
 

@@ -28,11 +28,11 @@ from kernels_pallas.linear_attention.blocks import CHUNK, Blocks
 from kernels_pallas.linear_attention.kernel_terms import Terms
 from kernels_pallas.vector_decay_math import (
     Gradients,
-    add_gradients,
     add_scores,
     chunk_bits,
     end_factors,
-    end_gradients,
+    tile_gradients,
+    tile_rows,
 )
 
 
@@ -42,7 +42,7 @@ def _terms_body(q_ref, k_ref, g_ref, out: Terms, *, chunks, channels, scale):
     def chunk(n, carry):
         rows = span(n, CHUNK)
         i, j = indices(CHUNK)
-        bits = chunk_bits(g_ref, rows, channels, operands)
+        bits = chunk_bits(g_ref, rows, channels, CHUNK, operands)
 
         def add(step, scores):
             part = span(step, channels)
@@ -109,6 +109,7 @@ class ChannelOutputs(NamedTuple):
     q: Any
     k: Any
     g: Any
+    beyond: Any  # what is to be added to g: see `vector_decay_math.with_beyond`
 
 
 def _gradients_body(
@@ -127,58 +128,81 @@ def _gradients_body(
     scale,
 ):
     steps, operands = v_ref.shape[-1] // v_step, q_ref.dtype
+    tile = tile_rows(CHUNK)
+    tiles = CHUNK // tile
 
     def chunk(n, carry):
-        rows = span(n, CHUNK)
+        bits = chunk_bits(g_ref, span(n, CHUNK), channels, tile, operands)
 
-        def add_pairs(step, total):
-            columns = span(step, v_step)
-            return total + matmul(do_ref[rows, columns], v_ref[rows, columns], NT)
+        def half(r, carry):
+            rows, others = span(n * tiles + r, tile), span(n * tiles + 1 - r, tile)
+            is_second = r == 1
 
-        i, j = indices(CHUNK)
-        pairs = loop(steps, add_pairs, jnp.zeros((CHUNK, CHUNK), jnp.float32))
-        own = jnp.sum(jnp.where(i == j, pairs, 0.0), axis=1)[:, None]
-        pairs = pairs.astype(operands)
-        bits = chunk_bits(g_ref, rows, channels, operands)
+            def products(reads, writes):
+                def add(step, total):
+                    columns = span(step, v_step)
+                    return total + matmul(do_ref[reads, columns], v_ref[writes, columns], NT)
 
-        def some_channels(step, carry):
-            part = span(step, channels)
+                return loop(steps, add, jnp.zeros((tile, tile), jnp.float32))
 
-            def add_states(step, sums):
-                reads, writes, inner = sums
-                columns = span(step, v_step)
-                state, dstate = states_ref[n, columns, part], dstates_ref[n, columns, part]
-                products = state.astype(jnp.float32) * dstate.astype(jnp.float32)
-                return (
-                    reads + matmul(do_ref[rows, columns], state, NN),
-                    writes + matmul(v_ref[rows, columns], dstate, NN),
-                    inner + jnp.sum(products, axis=0)[None, :],
+            i, j = indices(tile)
+            pairs = products(rows, rows)
+            own = jnp.sum(jnp.where(i == j, pairs, 0.0), axis=1)[:, None]
+            blocks = {(False, False): jnp.where(i > j, pairs, 0.0).astype(operands)}
+            if tiles > 1:
+                before = jnp.where(is_second, products(rows, others), 0.0)
+                after = jnp.where(is_second, 0.0, products(others, rows))
+                blocks[False, True] = before.astype(operands)
+                blocks[True, False] = after.astype(operands)
+
+            def some_channels(step, carry):
+                part = span(step, channels)
+
+                def add_states(step, sums):
+                    reads, writes, inner = sums
+                    columns = span(step, v_step)
+                    state, dstate = states_ref[n, columns, part], dstates_ref[n, columns, part]
+                    products = state.astype(jnp.float32) * dstate.astype(jnp.float32)
+                    return (
+                        reads + matmul(do_ref[rows, columns], state, NN),
+                        writes + matmul(v_ref[rows, columns], dstate, NN),
+                        inner + jnp.sum(products, axis=0)[None, :],
+                    )
+
+                zeros = jnp.zeros((tile, channels), jnp.float32)
+                sums = zeros, zeros, jnp.zeros((1, channels), jnp.float32)
+                reads, writes, inner = loop(steps, add_states, sums)
+
+                def given(rows):
+                    q, k = (ref[rows, part].astype(jnp.float32) for ref in (q_ref, k_ref))
+                    return q * scale, k, g_ref[rows, part]
+
+                def scaled(rows):
+                    q, k, g = given(rows)
+                    return (q * jnp.exp(g),), (k,), g
+
+                found, beyond = tile_gradients(
+                    lambda: scaled(rows),
+                    (lambda: scaled(others)) if tiles > 1 else None,
+                    lambda *block: (((blocks[block],),),),
+                    Gradients((reads,), (writes,), zeros),
+                    inner,
+                    is_second,
+                    bits,
+                    operands,
                 )
+                q, k, g = given(rows)
+                dq = jnp.exp(g) * found.reads[0]
+                out.q[rows, part] = ((dq + own * k) * scale).astype(out.q.dtype)
+                out.k[rows, part] = (found.writes[0] + own * q).astype(out.k.dtype)
+                out.g[rows, part] = found.g + q * dq
+                if beyond is not None:
+                    out.beyond[pl.ds(n * tiles + r, 1), part] = beyond
+                return carry
 
-            zeros = jnp.zeros((CHUNK, channels), jnp.float32)
-            sums = zeros, zeros, jnp.zeros((1, channels), jnp.float32)
-            reads, writes, inner = loop(steps, add_states, sums)
+            return loop(q_ref.shape[-1] // channels, some_channels, carry)
 
-            def given():
-                q, k = (ref[rows, part].astype(jnp.float32) for ref in (q_ref, k_ref))
-                return q * scale, k, g_ref[rows, part]
-
-            def scaled():
-                q, k, g = given()
-                return (q * jnp.exp(g),), (k,), g
-
-            d = Gradients((reads,), (writes,), jnp.zeros_like(reads))
-            ends = end_factors(g_ref[rows, part], operands)
-            sums = end_gradients(*scaled()[:2], d, inner, ends, operands)
-            sums = add_gradients(sums, scaled, (((pairs,),),), bits, operands)
-            q, k, g = given()
-            dq = jnp.exp(g) * sums.reads[0]
-            out.q[rows, part] = ((dq + own * k) * scale).astype(out.q.dtype)
-            out.k[rows, part] = (sums.writes[0] + own * q).astype(out.k.dtype)
-            out.g[rows, part] = sums.g + q * dq
-            return carry
-
-        return loop(q_ref.shape[-1] // channels, some_channels, carry)
+        return loop(tiles, half, carry)
 
     loop(chunks, chunk, 0)
 
@@ -217,6 +241,11 @@ def channel_kernel_gradients(
     values, state = layout.rows(n * CHUNK, width), layout.per_chunk(n, width, key_width)
     rows = row_shape(batch, length, heads, key_width, dtype)
     decays = row_shape(batch, length, heads, key_width, jnp.float32)
+    tiles, half, halves = CHUNK // tile_rows(CHUNK), None, None
+    if tiles > 1:
+        half = layout.per_chunk(n * tiles, key_width)
+        shape = batch, heads, length // CHUNK * tiles, key_width
+        halves = jax.ShapeDtypeStruct(shape, jnp.float32)
     (out,) = backend.pallas(
         functools.partial(
             _gradients_body,
@@ -228,8 +257,8 @@ def channel_kernel_gradients(
         name="linear_attention_channel_gradients",
         grid=(batch, heads, length // (n * CHUNK)),
         in_specs=[keys, keys, own, values, values, state, state],
-        out_specs=[ChannelOutputs(own, own, own)],
-        out_shape=[ChannelOutputs(rows, rows, decays)],
+        out_specs=[ChannelOutputs(own, own, own, half)],
+        out_shape=[ChannelOutputs(rows, rows, decays, halves)],
         fastest_first=(1, 2, 0),
         num_warps=blocks.channel_gradients[0],
         num_stages=blocks.channel_gradients[1],

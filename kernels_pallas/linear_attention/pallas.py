@@ -44,6 +44,7 @@ from kernels_pallas.linear_attention.kernel_terms import Terms
 from kernels_pallas.linear_attention.walk import walk
 from kernels_pallas.linear_attention.walk_back import walk_back
 from kernels_pallas.vector_decay import with_borders
+from kernels_pallas.vector_decay_math import with_beyond
 
 
 class Options(NamedTuple):
@@ -222,7 +223,7 @@ def _row_gradients(options: Options, x: _Inputs, do, states, dstates):
         found = channel_kernel_gradients(
             x.q, x.k, x.g, *rest, scale=scale, blocks=blocks, dtype=dtype
         )
-        dq, dk, dg = found
+        dq, dk, dg = found.q, found.k, with_beyond(found.g, found.beyond)
     else:
         found = head_gradients(
             x.q, x.k, _decay_rows(x.g), *rest, scale=scale, blocks=blocks, dtype=dtype
