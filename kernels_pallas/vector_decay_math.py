@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.backend import NN, NT, TN, loop, matmul, platform
+from kernels_pallas.backend import NN, NT, TN, loop, matmul
 from kernels_pallas.gated_delta_rule.kernel_math import Parts, add_up, indices
 from kernels_pallas.gated_delta_rule.layout import span
 
@@ -289,16 +289,8 @@ def end_factors(g: jax.Array, operands: jnp.dtype) -> Ends:
     )
 
 
-def tile_rows(size: int) -> int:
-    """Returns how many rows of a chunk gradients are taken of at a time: all on a TPU.
-
-    On a GPU it is half of them, for registers: what a step works on overflows them otherwise.
-    """
-    return size if platform() == "tpu" else size // 2
-
-
 class Tile(NamedTuple):
-    """The gradients of half a chunk's rows, or of all."""
+    """The gradients of half a chunk's rows, or of all (half_chunks.py)."""
 
     own: Gradients
     beyond: Any  # what each row's g in the other half gets besides, [1, k]; None without halves
@@ -378,19 +370,3 @@ def _by_reads(dscores: Any, reads: Any) -> Rows:
         add_up(matmul(x, y, TN) for parts, y in zip(kinds, reads, strict=True) for x in parts)
         for kinds in zip(*dscores, strict=True)
     )
-
-
-def with_beyond(dg: jax.Array, beyond: jax.Array | None) -> jax.Array:
-    """Adds `Tile.beyond` to the gradients of log decays.
-
-    Args:
-      dg: [B, T, H, K] float32.
-      beyond: [B, H, 2 N, K] float32, or None.
-    """
-    if beyond is None:
-        return dg
-    batch, length, heads, width = dg.shape
-    halves = beyond.shape[2]
-    rest = beyond.reshape(batch, heads, halves // 2, 2, width)[:, :, :, ::-1]
-    rest = jnp.moveaxis(rest.reshape(beyond.shape), 1, 2)[:, :, None]
-    return (dg.reshape(batch, halves, -1, heads, width) + rest).reshape(dg.shape)

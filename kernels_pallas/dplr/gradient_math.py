@@ -15,43 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.dplr.kernel_math import Pairs, Vectors, scale_reads
-from kernels_pallas.gated_delta_rule.kernel_math import Parts, add_up, indices
-from kernels_pallas.vector_decay_math import (
-    Gradients,
-    pieces,
-    tile_gradients,
-)
-
-
-class PairGradients(NamedTuple):
-    """The gradients of a chunk's scores, by the kinds of reads and then of writes.
-
-    The same structure holds arrays, references to them in a kernel, and block specs.
-    """
-
-    below: Any  # pieces that add up to them [C, C], zero above the diagonal
-    own: Any  # by writes: the diagonal of those of q, a row [1, C] float32
-
-
-def cut_pairs(x: Pairs, operands: jnp.dtype) -> PairGradients:
-    """Takes the gradients of the scores apart.
-
-    Those by b are kept in two pieces: where keys resemble each other large ones cancel.
-    """
-    i, j = indices(x.qb.shape[0])
-    of_q, of_a = (tuple(jnp.where(i >= j, y, 0.0) for y in kinds) for kinds in x.nested)
-
-    def cut(by_b, *by_k):
-        return pieces(by_b, operands), *((y.astype(operands),) for y in by_k)
-
-    return PairGradients((cut(*of_q), cut(*of_a)), tuple(diagonal(y) for y in of_q))
-
-
-def diagonal(x: jax.Array) -> jax.Array:
-    """Returns the diagonal of a matrix [C, C] as a row [1, C]."""
-    i, j = indices(x.shape[0])
-    return jnp.sum(jnp.where(i == j, x, 0.0), axis=0)[None, :]
+from kernels_pallas.dplr.kernel_math import Vectors, scale_reads
+from kernels_pallas.gated_delta_rule.kernel_math import Parts, add_up
+from kernels_pallas.vector_decay_math import Gradients, tile_gradients
 
 
 class RowGradients(NamedTuple):
@@ -80,8 +46,8 @@ def row_gradients(
       rows: gives the rows, with all factors but decay, and the log decays, of all of the chunk or
         half of it; called often, so that a kernel need not hold them.
       other: gives those of the other half, or None.
-      below: gives blocks of `PairGradients.below` (see `vector_decay_math.tile_gradients`).
-      own_pairs: `PairGradients.own` as columns.
+      below: gives blocks of the scores' gradients (see `vector_decay_math.tile_gradients`).
+      own_pairs: the diagonals of those of q as columns.
       d: gradients of Q̂, Â, B_e and K_e.
       dwhole: gradient of γ, [1, K_p].
       is_second: whether the rows are the second half.

@@ -18,16 +18,16 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import backend
 from kernels_pallas.dplr.blocks import find_blocks
-from kernels_pallas.dplr.gradients import Gradients, gradients
-from kernels_pallas.dplr.pair_gradients import Walks, pair_gradients
+from kernels_pallas.dplr.gradients import Gradients, Walks, gradients
 from kernels_pallas.dplr.prepare import Inputs, prepare
 from kernels_pallas.dplr.walk import walk
 from kernels_pallas.dplr.walk_back import walk_back
 from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks
 from kernels_pallas.gated_delta_rule.layout import for_kernel
 from kernels_pallas.gated_delta_rule.pallas import V_UNIT, check_supported
+from kernels_pallas.half_chunks import with_beyond
+from kernels_pallas.pair_gradients import pair_gradients
 from kernels_pallas.vector_decay import with_borders
-from kernels_pallas.vector_decay_math import with_beyond
 
 
 class Options(NamedTuple):
@@ -135,12 +135,12 @@ def forward(options: Options, rows: Rows, state: jax.Array) -> tuple[Any, Any]:
 
 def kernel_gradients(
     options: Options, rows: Rows, state: jax.Array, inverse: jax.Array, do: jax.Array, dlast: Any
-) -> tuple[Gradients, jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[Gradients, jax.Array, jax.Array, jax.Array]:
     """Runs the backward kernels.
 
     Returns:
-      The gradients of q, k, a, b, g and β [B, T, H, ·], that of v, and that of the state; in KDA β
-      times its gradient, by another sum.
+      The gradients of q, k, a, b, g and β [B, T, H, ·], that of v, and that of the state; and the
+      diagonal of dR Uᵀ, in KDA β times its gradient.
     """
     blocks = options.blocks
     inputs, v, do = _inputs(rows), for_kernel(rows.v), for_kernel(do.astype(rows.v.dtype))
@@ -149,11 +149,21 @@ def kernel_gradients(
     back = walk_back(x, do, dlast, blocks=blocks)
     is_kda = rows.a is None
     walks = Walks(do, back.r, walked.u, None if is_kda else v, walked.states, back.states)
-    pairs = pair_gradients(walks, blocks=blocks)
+    pairs = pair_gradients(
+        (walks.do, walks.dr),
+        (walks.u,) if is_kda else (walks.u, walks.v),
+        # In two pieces by b: where keys resemble each other large gradients cancel.
+        (2,) if is_kda else (2, 1),
+        name="kda_pair_gradients" if is_kda else "dplr_pair_gradients",
+        chunk_size=CHUNK,
+        chunks=blocks.chunks,
+        v_step=blocks.v_step,
+        schedule=blocks.pairs,
+    )
     d = gradients(
         inputs,
         walks,
-        pairs.pairs,
+        pairs,
         rows.beta,
         blocks=blocks,
         scale=options.scale,
@@ -163,7 +173,7 @@ def kernel_gradients(
     q, k, a, b, g = (None if y is None else for_kernel(y) for y in d[:5])
     g = with_beyond(g, d.beyond)
     dv = for_kernel(back.r if is_kda else back.v)
-    return Gradients(q, k, a, b, g, None, d.beta), dv, back.first, pairs.beta
+    return Gradients(q, k, a, b, g, None, d.beta), dv, back.first, pairs.own[1][0]
 
 
 def _backward(options: Options, residuals, cotangents):

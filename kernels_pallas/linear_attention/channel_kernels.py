@@ -21,18 +21,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import backend
-from kernels_pallas.backend import NN, NT, loop, matmul
-from kernels_pallas.gated_delta_rule.kernel_math import indices
+from kernels_pallas.backend import NN, loop, matmul
+from kernels_pallas.gated_delta_rule.kernel_math import indices, to_column
 from kernels_pallas.gated_delta_rule.layout import Layout, row_shape, span
+from kernels_pallas.half_chunks import FASTEST_FIRST, HalfChunks
 from kernels_pallas.linear_attention.blocks import CHUNK, Blocks
 from kernels_pallas.linear_attention.kernel_terms import Terms
+from kernels_pallas.pair_gradients import pair_gradients
 from kernels_pallas.vector_decay_math import (
     Gradients,
     add_scores,
     chunk_bits,
     end_factors,
     tile_gradients,
-    tile_rows,
 )
 
 
@@ -109,100 +110,60 @@ class ChannelOutputs(NamedTuple):
     q: Any
     k: Any
     g: Any
-    beyond: Any  # what is to be added to g: see `vector_decay_math.with_beyond`
+    beyond: Any  # what is to be added to g: see `half_chunks.with_beyond`
 
 
 def _gradients_body(
-    q_ref,
-    k_ref,
-    g_ref,
-    v_ref,
-    do_ref,
-    states_ref,
-    dstates_ref,
-    out: ChannelOutputs,
-    *,
-    chunks,
-    channels,
-    v_step,
-    scale,
+    half_ref, own, other, below, own_ref, v_ref, do_ref, states_ref, dstates_ref, out, **sizes
 ):
-    steps, operands = v_ref.shape[-1] // v_step, q_ref.dtype
-    tile = tile_rows(CHUNK)
-    tiles = CHUNK // tile
+    chunks, size, v_step, scale = (sizes[x] for x in ("chunks", "size", "v_step", "scale"))
+    steps, operands, part = v_ref.shape[-1] // v_step, v_ref.dtype, states_ref.shape[-1]
 
     def chunk(n, carry):
-        bits = chunk_bits(g_ref, span(n, CHUNK), channels, tile, operands)
+        rows, row = span(n, size), (pl.ds(n, 1), slice(None))
+        at = rows, slice(None)
 
-        def half(r, carry):
-            rows, others = span(n * tiles + r, tile), span(n * tiles + 1 - r, tile)
-            is_second = r == 1
+        def add_states(step, sums):
+            reads, writes, inner = sums
+            columns = span(step, v_step)
+            state, dstate = states_ref[n, columns, :], dstates_ref[n, columns, :]
+            products = state.astype(jnp.float32) * dstate.astype(jnp.float32)
+            return (
+                reads + matmul(do_ref[rows, columns], state, NN),
+                writes + matmul(v_ref[rows, columns], dstate, NN),
+                inner + jnp.sum(products, axis=0)[None, :],
+            )
 
-            def products(reads, writes):
-                def add(step, total):
-                    columns = span(step, v_step)
-                    return total + matmul(do_ref[reads, columns], v_ref[writes, columns], NT)
+        zeros = jnp.zeros((size, part), jnp.float32)
+        sums = zeros, zeros, jnp.zeros((1, part), jnp.float32)
+        reads, writes, inner = loop(steps, add_states, sums)
 
-                return loop(steps, add, jnp.zeros((tile, tile), jnp.float32))
+        def given(refs):
+            q, k = (ref[at].astype(jnp.float32) for ref in refs[:2])
+            return q * scale, k, refs[2][at]
 
-            i, j = indices(tile)
-            pairs = products(rows, rows)
-            own = jnp.sum(jnp.where(i == j, pairs, 0.0), axis=1)[:, None]
-            blocks = {(False, False): jnp.where(i > j, pairs, 0.0).astype(operands)}
-            if tiles > 1:
-                before = jnp.where(is_second, products(rows, others), 0.0)
-                after = jnp.where(is_second, 0.0, products(others, rows))
-                blocks[False, True] = before.astype(operands)
-                blocks[True, False] = after.astype(operands)
+        def scaled(refs):
+            q, k, g = given(refs)
+            return (q * jnp.exp(g),), (k,), g
 
-            def some_channels(step, carry):
-                part = span(step, channels)
-
-                def add_states(step, sums):
-                    reads, writes, inner = sums
-                    columns = span(step, v_step)
-                    state, dstate = states_ref[n, columns, part], dstates_ref[n, columns, part]
-                    products = state.astype(jnp.float32) * dstate.astype(jnp.float32)
-                    return (
-                        reads + matmul(do_ref[rows, columns], state, NN),
-                        writes + matmul(v_ref[rows, columns], dstate, NN),
-                        inner + jnp.sum(products, axis=0)[None, :],
-                    )
-
-                zeros = jnp.zeros((tile, channels), jnp.float32)
-                sums = zeros, zeros, jnp.zeros((1, channels), jnp.float32)
-                reads, writes, inner = loop(steps, add_states, sums)
-
-                def given(rows):
-                    q, k = (ref[rows, part].astype(jnp.float32) for ref in (q_ref, k_ref))
-                    return q * scale, k, g_ref[rows, part]
-
-                def scaled(rows):
-                    q, k, g = given(rows)
-                    return (q * jnp.exp(g),), (k,), g
-
-                found, beyond = tile_gradients(
-                    lambda: scaled(rows),
-                    (lambda: scaled(others)) if tiles > 1 else None,
-                    lambda *block: (((blocks[block],),),),
-                    Gradients((reads,), (writes,), zeros),
-                    inner,
-                    is_second,
-                    bits,
-                    operands,
-                )
-                q, k, g = given(rows)
-                dq = jnp.exp(g) * found.reads[0]
-                out.q[rows, part] = ((dq + own * k) * scale).astype(out.q.dtype)
-                out.k[rows, part] = (found.writes[0] + own * q).astype(out.k.dtype)
-                out.g[rows, part] = found.g + q * dq
-                if beyond is not None:
-                    out.beyond[pl.ds(n * tiles + r, 1), part] = beyond
-                return carry
-
-            return loop(q_ref.shape[-1] // channels, some_channels, carry)
-
-        return loop(tiles, half, carry)
+        found, beyond = tile_gradients(
+            lambda: scaled(own),
+            None if other is None else lambda: scaled(other),
+            lambda *meeting: jax.tree.map(lambda ref: ref[at], below[meeting]),
+            Gradients((reads,), (writes,), zeros),
+            inner,
+            half_ref[0] == 1,
+            chunk_bits(own[2], rows, part, size, operands),
+            operands,
+        )
+        q, k, g = given(own)
+        dq, own_pair = jnp.exp(g) * found.reads[0], to_column(own_ref[row])
+        out.q[at] = ((dq + own_pair * k) * scale).astype(out.q.dtype)
+        out.k[at] = (found.writes[0] + own_pair * q).astype(out.k.dtype)
+        out.g[at] = found.g + q * dq
+        if beyond is not None:
+            out.beyond[row] = beyond
+        return carry
 
     loop(chunks, chunk, 0)
 
@@ -235,32 +196,61 @@ def channel_kernel_gradients(
       dtype: of the gradients of q and k.
     """
     batch, heads, length, key_width, layout, n = _sizes(q, g, blocks)
-    width = states.shape[3]
-    keys = layout.rows(n * CHUNK, key_width, value_head=False)
-    own = layout.rows(n * CHUNK, key_width)
-    values, state = layout.rows(n * CHUNK, width), layout.per_chunk(n, width, key_width)
+    width, v_step, part = states.shape[3], blocks.v_step, blocks.channels or key_width
+    pairs = pair_gradients(
+        (do,),
+        (v,),
+        (1,),
+        name="linear_attention_channel_pairs",
+        chunk_size=CHUNK,
+        chunks=n,
+        v_step=v_step,
+        schedule=blocks.gradients,
+    )
+    cut = HalfChunks(CHUNK, n, part, layout.group)
+
+    def rows_of(own):
+        keys = cut.rows(part, own=own, is_part=True, value_head=False)
+        return keys, keys, cut.rows(part, own=own, is_part=True)
+
+    is_cut = cut.halves > 1
+    meetings = [(False, False)] + [(False, True), (True, False)] * is_cut
+    below = {(r, w): (((cut.matrix(reads=not r, writes=not w),),),) for r, w in meetings}
+    own, values, state = cut.rows(part, is_part=True), cut.rows(width), cut.state(width)
     rows = row_shape(batch, length, heads, key_width, dtype)
     decays = row_shape(batch, length, heads, key_width, jnp.float32)
-    tiles, half, halves = CHUNK // tile_rows(CHUNK), None, None
-    if tiles > 1:
-        half = layout.per_chunk(n * tiles, key_width)
-        shape = batch, heads, length // CHUNK * tiles, key_width
-        halves = jax.ShapeDtypeStruct(shape, jnp.float32)
+    beyond = (batch, heads, length // CHUNK * cut.halves, key_width)
+    number, number_spec = cut.number()
     (out,) = backend.pallas(
         functools.partial(
-            _gradients_body,
-            chunks=n,
-            channels=blocks.channels or key_width,
-            v_step=blocks.v_step or width,
-            scale=scale,
+            _gradients_body, chunks=n, size=cut.size, v_step=v_step or width, scale=scale
         ),
         name="linear_attention_channel_gradients",
-        grid=(batch, heads, length // (n * CHUNK)),
-        in_specs=[keys, keys, own, values, values, state, state],
-        out_specs=[ChannelOutputs(own, own, own, half)],
-        out_shape=[ChannelOutputs(rows, rows, decays, halves)],
-        fastest_first=(1, 2, 0),
+        grid=cut.grid(batch, heads, length // CHUNK, key_width),
+        in_specs=[
+            number_spec,
+            rows_of(True),
+            rows_of(False) if is_cut else None,
+            below,
+            cut.lanes(),
+            *(values, values, state, state),
+        ],
+        out_specs=[ChannelOutputs(own, own, own, cut.columns() if is_cut else None)],
+        out_shape=[
+            ChannelOutputs(
+                *(rows, rows, decays),
+                jax.ShapeDtypeStruct(beyond, jnp.float32) if is_cut else None,
+            )
+        ],
+        fastest_first=FASTEST_FIRST,
         num_warps=blocks.channel_gradients[0],
         num_stages=blocks.channel_gradients[1],
-    )(q, k, g, v, do, states, dstates)
+    )(
+        number,
+        (q, k, g),
+        (q, k, g) if is_cut else None,
+        dict.fromkeys(meetings, pairs.below),
+        pairs.own[0][0],
+        *(v, do, states, dstates),
+    )
     return out

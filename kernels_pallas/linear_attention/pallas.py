@@ -29,6 +29,7 @@ from kernels_pallas.gated_delta_rule.segmented import (
     ordinals_over_devices,
     pad_time,
 )
+from kernels_pallas.half_chunks import with_beyond
 from kernels_pallas.linear_attention import split
 from kernels_pallas.linear_attention.blocks import CHUNK, Blocks, find_blocks
 from kernels_pallas.linear_attention.channel_kernels import (
@@ -44,7 +45,6 @@ from kernels_pallas.linear_attention.kernel_terms import Terms
 from kernels_pallas.linear_attention.walk import walk
 from kernels_pallas.linear_attention.walk_back import walk_back
 from kernels_pallas.vector_decay import with_borders
-from kernels_pallas.vector_decay_math import with_beyond
 
 
 class Options(NamedTuple):
