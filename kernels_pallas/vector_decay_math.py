@@ -312,8 +312,8 @@ def tile_gradients(
       rows: gives reads, writes and g as for `add_scores`, of this half of the rows; called often,
         so that a kernel need not hold them.
       other: gives those of the other half; None where the first are all.
-      dscores: gives pieces of the gradients of the scores, zero above the diagonal, where rows of
-        the other half read (else of this one) and rows of the other half write.
+      dscores: gives pieces of the gradients of the scores where rows of the other half (else of
+        this one) read what rows of the other half (else of this one) have written.
       d: gradients of the reads times the decay since the chunk's start, and of the writes times
         that to its end; its g is not used.
       dwhole: gradient of e^{sum of all g}, [1, k].
@@ -337,15 +337,24 @@ def tile_gradients(
     by_reads, by_writes, beyond = inner(reads, dreads), inner(writes, dwrites), None
     if other is not None:
         beyond = jnp.sum(jnp.where(is_second, by_reads, by_writes), axis=0)[None, :]
-        # Of the two blocks that link the halves one is zero, whichever half this is.
-        other_reads, other_writes, other_g = other()
-        others = end_factors(other_g, operands)
-        left = [(x * others.before).astype(operands) for x in other_reads]
-        right = [(x * others.after).astype(operands) for x in other_writes]
-        linked = tuple(ends.before * x for x in _by_writes(dscores(False, True), right))
-        dreads, by_reads = _add(dreads, linked), by_reads + inner(reads, linked)
-        linked = tuple(ends.after * x for x in _by_reads(dscores(True, False), left))
-        dwrites, by_writes = _add(dwrites, linked), by_writes + inner(writes, linked)
+
+        def reads_of_other():
+            _, other_writes, other_g = other()
+            factor = jnp.exp(masked_sum(j > i, pieces(other_g, operands)))
+            right = [(x * factor).astype(operands) for x in other_writes]
+            linked = tuple(ends.before * x for x in _by_writes(dscores(False, True), right))
+            return _add(dreads, linked), dwrites, by_reads + inner(reads, linked), by_writes
+
+        def writes_to_other():
+            other_reads, _, other_g = other()
+            factor = jnp.exp(masked_sum(j < i, pieces(other_g, operands)))
+            left = [(x * factor).astype(operands) for x in other_reads]
+            linked = tuple(ends.after * x for x in _by_reads(dscores(True, False), left))
+            return dreads, _add(dwrites, linked), by_reads, by_writes + inner(writes, linked)
+
+        dreads, dwrites, by_reads, by_writes = jax.lax.cond(
+            is_second, reads_of_other, writes_to_other
+        )
     dg = masked_sum(j < i, pieces(by_reads, operands), TN) + whole * dwhole
     dg = dg + masked_sum(j > i, pieces(by_writes, operands), TN)
     sums = Gradients(dreads, dwrites, dg)

@@ -4,8 +4,8 @@ import dataclasses
 
 from kernels_pallas.gated_delta_rule.blocks import TPU, Blocks
 
-# Compiled for an H100, never timed. Its walks spill no registers up to K = 128.
-GPU = Blocks(scores=(8, 1), walk=(4, 2), states=(4, 2), back=(4, 1), gradients=(8, 1))
+# Measured on an H100: prepare and gradients. The walks are as they compile without spilled registers.
+GPU = Blocks(scores=(4, 1), walk=(4, 2), states=(4, 2), back=(4, 1), gradients=(8, 1))
 WIDE = dataclasses.replace(GPU, walk=(4, 1), states=(4, 1), back=(8, 1))
 
 
@@ -17,8 +17,12 @@ def find_blocks(platform: str, key_width: int) -> Blocks:
 
 
 def part_width(platform: str, key_width: int) -> int:
-    """Returns how many columns of K the kernels without a walk take at a time.
-
-    Triton's registers overflow by two kilobytes a thread at 64 columns (H100, K = 128 and 192).
-    """
+    """Returns how many columns of K `prepare` takes at a time."""
     return key_width if platform == "tpu" else 32
+
+
+def gradient_part(platform: str, key_width: int) -> int:
+    """Returns how many columns of K a program of the gradients takes."""
+    if platform == "tpu":
+        return key_width
+    return 64 if key_width % 64 == 0 else 32

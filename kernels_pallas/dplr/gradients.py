@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import backend
 from kernels_pallas.backend import NN, matmul
-from kernels_pallas.dplr.blocks import part_width
+from kernels_pallas.dplr.blocks import gradient_part
 from kernels_pallas.dplr.gradient_math import row_gradients
 from kernels_pallas.dplr.kernel_math import Vectors
 from kernels_pallas.dplr.prepare import Inputs, read_vectors
@@ -156,7 +156,7 @@ def gradients(
     """
     batch, heads, count, width, key_width = walks.states.shape
     key_heads = inputs.q.shape[1 if backend.platform() == "tpu" else 2]
-    part = part_width(backend.platform(), key_width)
+    part = gradient_part(backend.platform(), key_width)
     cut = HalfChunks(CHUNK, blocks.chunks, part, heads // key_heads)
     is_kda = inputs.a is None
 

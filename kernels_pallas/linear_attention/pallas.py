@@ -75,7 +75,7 @@ def linear_attention_pallas(
     batch, length, heads, width = v.shape
     key_width = k.shape[-1]
     if blocks is None:
-        blocks = find_blocks(backend.platform())
+        blocks = find_blocks(backend.platform(), q.shape[-1])
     if g is None:
         g = jnp.zeros((batch, length, heads), jnp.float32)
     if initial_state is None:
