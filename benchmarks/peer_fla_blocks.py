@@ -12,15 +12,19 @@ float32), without autocast.
 Mamba2's layer calls mamba_ssm where that is installed (causal_conv1d too, else its own Triton
 convolution). Without it the layer falls back to plain PyTorch, which wants 150 GB for a scan of
 32,768 tokens; then the scan is done by the package's own `chunk_simple_gla`, and the note says so.
+The package's autotuner gets what it asks for, but its configurations are compiled beforehand in
+threads and timed for 25 ms each: one after the other a layer's would take minutes.
 With Triton before 3.7.1 the package refuses some gated gradients on Hopper, which come out wrong;
 the check is lifted, for the time alone, and the note says that too.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -48,6 +52,39 @@ GATED = ("gdn", "mamba2")  # whose gradients pass through what is refused on Hop
 FLOAT32 = ("A_log", "dt_bias", "D")
 WITHOUT_MAMBA_SSM = "mamba_ssm is not installed: scan by chunk_simple_gla"
 Forward = Callable[..., torch.Tensor]
+
+
+def tune_faster() -> None:
+    """Has Triton's autotuner compile its configurations in threads, and time each more briefly."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.testing import do_bench
+
+    run = Autotuner.run
+
+    def compile_first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        named = {name: x for name, x in given.items() if name in self.arg_names}
+        key = [named[name] for name in self.keys if name in named]
+        key = (*key, *(str(x.dtype) for x in named.values() if hasattr(x, "dtype")))
+        if len(self.configs) > 1 and key not in self.cache:  # what `run` asks, too
+            self.nargs = dict(zip(self.arg_names, args, strict=False))
+            rest = {name: x for name, x in kwargs.items() if name not in ("grid", "warmup")}
+
+            def compile_one(config: Any) -> None:
+                options = {**rest, **config.all_kwargs()}
+                self.fn.warmup(*args, grid=(1,), **options)
+
+            first, *others = self.prune_configs(kwargs)
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                # One that cannot be compiled is the autotuner's to report.
+                concurrent.futures.wait([pool.submit(compile_one, first)])
+                concurrent.futures.wait([pool.submit(compile_one, x) for x in others])
+        return run(self, *args, **kwargs)
+
+    Autotuner.run = compile_first
+    Autotuner.do_bench = lambda self, call, quantiles: do_bench(
+        call, warmup=5, rep=25, quantiles=quantiles
+    )
 
 
 def make_layer(name: str, width: int, options: dict[str, Any]) -> torch.nn.Module:
@@ -143,6 +180,7 @@ def main() -> None:
     start = {"device": torch.cuda.get_device_name(), "versions": versions}
     print(json.dumps({"start": start}), flush=True)
     lifted = allow_hopper()
+    tune_faster()
     for sizes in block["sizes"]:
         for backward in (False, True):
             name = f"{block['name']}-b{sizes['B']}-t{sizes['T']}" + "-grad" * backward

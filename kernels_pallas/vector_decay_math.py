@@ -95,8 +95,8 @@ def chunk_bits(g_ref: Any, rows: Any, part: int, size: int, operands: jnp.dtype)
     def most(p, x):
         return jnp.maximum(x, jnp.max(-g_ref[rows, span(p, part)], axis=0)[None, :])
 
-    x = jnp.zeros((1, part), jnp.float32)
-    return base_bits(jnp.max(loop(g_ref.shape[-1] // part, most, x)), size)
+    x = loop(g_ref.shape[-1] // part, most, jnp.zeros((1, part), jnp.float32))
+    return base_bits(jnp.max(jnp.max(x, axis=1), axis=0), size)
 
 
 def num_levels(size: int) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 
 from kernels_pallas.gated_delta_rule.blocks import TPU, Blocks
 
-# Measured on an H100: prepare and gradients. The walks are as they compile without spilled registers.
+# Measured on an H100: prepare and gradients. The walks are as they compile without spills.
 GPU = Blocks(scores=(4, 1), walk=(4, 2), states=(4, 2), back=(4, 1), gradients=(8, 1))
 WIDE = dataclasses.replace(GPU, walk=(4, 1), states=(4, 1), back=(8, 1))
 

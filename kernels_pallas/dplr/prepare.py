@@ -3,13 +3,14 @@
     T = (I − A_ab)^-1    F = A_qb T    W = T Â    M = Q̂ + F Â    Z = T A_ak    Y = A_qk + F A_ak
     B_e = b e^{G_C − G}    K_e = k e^{G_C − G}    γ = e^{G_C}
 
-(kernel_math.py has the notation, vector_decay_math.py the decay between rows.) One program takes one
-chunk of one head on a GPU, eight on a TPU. It goes over K twice, a part at a time: for the scores
-of pairs, which end as matrices [C, C] in registers (VMEM), then for W, M, B_e and K_e.
+(kernel_math.py has the notation, vector_decay_math.py the decay between rows.) One program takes
+one chunk of one head on a GPU, eight on a TPU. It goes over K twice, a part at a time: for the
+scores of pairs, which end as matrices [C, C] in registers (VMEM), then for W, M, B_e and K_e.
 Read: q, k (and a, b) and g. Written, a token and head: W, M and B_e (and K_e), K values each; T and
 F (and Z and Y), C values each; KDA at K = 128 in bfloat16 reads 1.0 KB and writes 1.0 KB.
-Arithmetic: at each of log2(C) levels a product [C, C] x [C, K] for the sums of log decays, twice
-in bfloat16, and one of [C, K] x [K, C] for each pair of a reading and a writing vector.
+Arithmetic: a product [C, C] x [C, K] for the sums of log decays, twice in bfloat16, and one of
+[C, K] x [K, C] for each pair of a reading and a writing vector, at one step where decays are
+bounded and at up to log2(C) levels where not; six [C, C] x [C, K] for W and M.
 """
 
 import functools
