@@ -18,7 +18,7 @@ from kernels_pallas.dplr.step_pallas import dplr_step_pallas
 from kernels_pallas.dplr.xla import dplr_xla
 
 # On a GPU once the kernels have been measured on one.
-KERNELS_ON = ("tpu",)
+KERNELS_ON = ("tpu",)  # of the step also a GPU
 CHUNK = {"pallas": dplr_pallas, "xla": dplr_xla, "reference": dplr_reference}
 STEP = {"pallas": dplr_step_pallas, "xla": step_xla, "reference": step_reference}
 
@@ -73,7 +73,9 @@ def dplr_delta_rule(
         checked here: see `validate_segment_ids`.
       state_dtype: dtype of the returned state; inside it is float32.
       chunk_size: tokens a chunk, a power of two from 16 to 256.
-      axis_name: mesh axis over which T is split; no implementation takes it.
+      axis_name: mesh axis over which T is split, inside the caller's `shard_map`: every device
+        holds the same number of tokens, in order, and the initial state of the first device counts.
+        Only "pallas" takes it.
       implementation: "reference" (token by token), "xla" (chunks), "pallas" (kernels for a GPU or
         a TPU, interpreted elsewhere), or None for the fastest that supports the arguments; on a GPU
         the kernels are taken by name only. A named one never falls back.
@@ -147,8 +149,8 @@ def dplr_delta_rule_step(
       state: [B, H, K, V], float32 or bfloat16 (float64 under `jax_enable_x64`).
       scale: factor on the queries.
       implementation: "reference", "xla", "pallas" (one kernel for a GPU or a TPU, interpreted
-        elsewhere), or None for the fastest that supports the arguments; on a GPU the kernel is
-        taken by name only. A named one never falls back.
+        elsewhere), or None for the fastest that supports the arguments. A named one never
+        falls back.
 
     Returns:
       o [B, H, V] in v's dtype, and the new state in the state's dtype.
@@ -180,5 +182,4 @@ def dplr_delta_rule_step(
         g,
         state,
         scale=scale,
-        kernels_on=KERNELS_ON,
     )

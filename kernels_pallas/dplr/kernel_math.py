@@ -158,12 +158,12 @@ def row_terms(x: Vectors, ends: Ends, squares: Squares, operands: jnp.dtype) -> 
 
 def walk_chunk(
     state: Parts,
-    v: jax.Array,
+    v: jax.Array | None,
     w: Parts,
     m: Parts | None,
     b: Parts,
     k: Parts | None,
-    z: jax.Array,
+    z: jax.Array | None,
     y: jax.Array | None,
     whole: Parts,
 ) -> tuple[Parts, jax.Array, jax.Array | None]:
@@ -171,27 +171,31 @@ def walk_chunk(
 
     Args:
       state: Sᵀ before the chunk, parts [V, k_p] float32.
-      v: Vᵀ [V, C].
+      v: Vᵀ [V, C]; None is zeros.
       w: W, parts [C, k_p].
       m: M, likewise; None leaves the output out.
       b: B_e, likewise.
       k: K_e, likewise; None writes along b alone.
-      z: Z [C, C].
-      y: Y [C, C].
+      z: Z [C, C]; with v.
+      y: Y [C, C]; with v and m.
       whole: γ, parts [1, k_p] float32.
 
     Returns:
-      Sᵀ after the chunk, Uᵀ [V, C] in v's dtype, and Oᵀ [V, C] float32 or None.
+      Sᵀ after the chunk, Uᵀ [V, C] in w's dtype, and Oᵀ [V, C] float32 or None.
     """
-    rounded = [x.astype(v.dtype) for x in state]
-    u = matmul(v, z, NT) + add_up(matmul(x, r, NT) for x, r in zip(rounded, w, strict=True))
-    u = u.astype(v.dtype)
+    operands = w[0].dtype
+    rounded = [x.astype(operands) for x in state]
+    u = add_up(matmul(x, r, NT) for x, r in zip(rounded, w, strict=True))
+    if v is not None:
+        assert z is not None
+        u = matmul(v, z, NT) + u
+    u = u.astype(operands)
     o = None
     if m is not None:
-        assert y is not None
+        assert y is not None and v is not None
         o = matmul(v, y, NT) + add_up(matmul(x, r, NT) for x, r in zip(rounded, m, strict=True))
     state = tuple(x * d + matmul(u, r) for x, d, r in zip(state, whole, b, strict=True))
-    if k is not None:
+    if k is not None and v is not None:
         state = tuple(x + matmul(v, r) for x, r in zip(state, k, strict=True))
     return state, u, o
 

@@ -19,12 +19,20 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas import backend
 from kernels_pallas.dplr.blocks import find_blocks
 from kernels_pallas.dplr.gradients import Gradients, Walks, gradients
-from kernels_pallas.dplr.prepare import Inputs, prepare
+from kernels_pallas.dplr.prepare import Inputs, Prepared, prepare
 from kernels_pallas.dplr.walk import walk
 from kernels_pallas.dplr.walk_back import walk_back
 from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks
+from kernels_pallas.gated_delta_rule.compose import back_over_stretches, over_stretches
 from kernels_pallas.gated_delta_rule.layout import for_kernel
 from kernels_pallas.gated_delta_rule.pallas import V_UNIT, check_supported
+from kernels_pallas.gated_delta_rule.segmented import (
+    by_row,
+    by_segment,
+    count_segments,
+    ordinals_over_devices,
+    pad_time,
+)
 from kernels_pallas.half_chunks import with_beyond
 from kernels_pallas.pair_gradients import pair_gradients
 from kernels_pallas.vector_decay import with_borders
@@ -36,6 +44,8 @@ class Options(NamedTuple):
     scale: float
     blocks: Blocks
     inverse: str  # the name that remat policies know T by
+    segments: int  # that T is cut into, which are rows of the batch
+    axis_name: str | None  # the mesh axis that T is split over
 
 
 class Rows(NamedTuple):
@@ -51,44 +61,72 @@ class Rows(NamedTuple):
     beta: Any  # [B, H, N, C]
 
 
+def start(
+    q: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    chunk_size: int,
+    inverse: str,
+    axis_name: str | None,
+    blocks: Blocks | None,
+) -> Options:
+    """Refuses what the kernels do not take, and finds the options."""
+    check_supported(q, v, chunk_size)
+    blocks = find_blocks(backend.platform(), q.shape[-1]) if blocks is None else blocks
+    batch, length, heads, width = v.shape
+    programs = batch * heads * -(-width // (blocks.v_block or width))
+    segments = count_segments(programs, length, enough=blocks.enough, most=blocks.programs)
+    return Options(scale, blocks, inverse, segments, axis_name)
+
+
+def borders_of(
+    options: Options, segment_ids: Int[Array, "B T"] | None
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns `ordinals` and `before` of `vector_decay.with_borders`."""
+    if segment_ids is None or options.axis_name is None:
+        return None, None
+    return ordinals_over_devices(segment_ids, options.axis_name)
+
+
 def padded(
+    options: Options,
     v: Float[Array, "B T H V"],
     rows: list[Float[Array, "B T ..."]],
     initial_state: Float[Array, "B H K V"] | None,
     segment_ids: Int[Array, "B T"] | None,
-    key_width: int,
-    blocks: Blocks,
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Pads T to whole programs and V to what tensor cores take.
+    """Pads T to whole programs and V to what tensor cores take, and cuts T into segments.
 
     Args:
+      options: the options.
       v: values.
       rows: other inputs, first of all g, whose segments get their borders here. The others are set
         to 0 at padding, as v is.
       initial_state: the state before the first token; None is zeros.
       segment_ids: 0 for padding, or None.
-      key_width: K.
-      blocks: sizes.
 
     Returns:
-      v and the rows, and the transposed state [B, H, V, K] float32.
+      v and the rows, [B·segments, T, ...], and the transposed state [B, H, V, K] float32.
     """
     batch, length, heads, width = v.shape
+    blocks, segments = options.blocks, options.segments
     g, *others = rows
-    g = with_borders(g.astype(jnp.float32), segment_ids)
+    g = with_borders(g.astype(jnp.float32), segment_ids, *borders_of(options, segment_ids))
     if segment_ids is not None:
         real = segment_ids != 0
         others = [jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0) for x in others]
         v = jnp.where(real[..., None, None], v, 0)
     # Padding changes nothing: rows of zeros write nothing, g = 0 decays nothing.
-    extra = -length % (CHUNK * max(blocks.chunks, blocks.walk_chunks))
+    extra = -length % (CHUNK * segments * max(blocks.chunks, blocks.walk_chunks))
     missing = -width % V_UNIT if backend.platform() != "tpu" else 0
-    v = jnp.pad(v, ((0, 0), (0, extra), (0, 0), (0, missing)))
-    rows = [jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)) for x in (g, *others)]
-    state = jnp.zeros((batch, heads, key_width, width), jnp.float32)
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    rows = [pad_time(x, extra) for x in (v, g, *others)]
+    rows = [x.reshape(batch * segments, -1, *x.shape[2:]) for x in rows]
+    state = jnp.zeros((batch, heads, g.shape[-1], width), jnp.float32)
     state = state if initial_state is None else initial_state.astype(jnp.float32)
     state = jnp.pad(jnp.swapaxes(state, 2, 3), ((0, 0), (0, 0), (0, missing), (0, 0)))
-    return [v, *rows], state
+    return rows, state
 
 
 def unpadded(
@@ -98,21 +136,11 @@ def unpadded(
     segment_ids: Int[Array, "B T"] | None,
     state_dtype: jnp.dtype,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Cuts o and the state to the size of the values `like`, and zeroes o at padding."""
-    o = o[:, : like.shape[1], :, : like.shape[3]]
+    """Joins and cuts o and the state to the size of the values `like`; o is 0 at padding."""
+    o = o.reshape(like.shape[0], -1, *o.shape[2:])[:, : like.shape[1], :, : like.shape[3]]
     if segment_ids is not None:
         o = jnp.where((segment_ids != 0)[..., None, None], o, 0)
     return o, jnp.swapaxes(state, 2, 3)[..., : like.shape[3]].astype(state_dtype)
-
-
-def start(
-    q: jax.Array, v: jax.Array, chunk_size: int, axis_name: str | None, blocks: Blocks | None
-) -> Blocks:
-    """Refuses what the kernels do not take, and finds their blocks."""
-    check_supported(q, v, chunk_size)
-    if axis_name is not None:
-        raise NotImplementedError("the kernels do not split T over devices (axis_name)")
-    return find_blocks(backend.platform(), q.shape[-1]) if blocks is None else blocks
 
 
 def _inputs(rows: Rows) -> Inputs:
@@ -123,18 +151,50 @@ def _inputs(rows: Rows) -> Inputs:
     return Inputs(q, k, a, b, g, rows.factors)
 
 
+def _is_split(options: Options) -> bool:
+    return options.segments > 1 or options.axis_name is not None
+
+
+def _segment_states(options: Options, x: Prepared, v: jax.Array, state: jax.Array):
+    """Returns the state before every segment, the one after all, and the segments' transitions."""
+    blocks, key_width = options.blocks, x.whole.shape[-1]
+    rows = x.whole.shape[:2]
+    zeros = jnp.zeros((*rows, *state.shape[2:]), jnp.float32)
+    n = walk("final", x, v, zeros, blocks=blocks).last
+    # M is what the rule makes of the identity when nothing is written.
+    unit = -key_width % V_UNIT if blocks.v_block else 0
+    eye = jnp.pad(jnp.eye(key_width, dtype=jnp.float32), ((0, unit), (0, 0)))
+    m = walk("homogeneous", x, None, jnp.broadcast_to(eye, (*rows, *eye.shape)), blocks=blocks).last
+    m, n = (by_segment(y, options.segments) for y in (m[:, :, :key_width], n))
+    before, last = over_stretches(m, n, state, options.axis_name)
+    return by_row(before), last, m
+
+
 def forward(options: Options, rows: Rows, state: jax.Array) -> tuple[Any, Any]:
     """Returns o and the transposed state, and what the backward pass keeps."""
-    inputs = _inputs(rows)
+    inputs, v = _inputs(rows), for_kernel(rows.v)
     x = prepare(inputs, blocks=options.blocks, scale=options.scale)
     inverse = checkpoint_name(x.squares.t, options.inverse)
     x = x._replace(squares=x.squares._replace(t=inverse))
-    out = walk("output", x, for_kernel(rows.v), state, blocks=options.blocks)
-    return (for_kernel(out.o), out.last), (rows, state, inverse)
+    initial, last, transitions = state, None, None
+    if _is_split(options):
+        initial, last, transitions = _segment_states(options, x, v, state)
+    out = walk("output", x, v, initial, blocks=options.blocks)
+    last = out.last if last is None else last
+    return (for_kernel(out.o), last), Kept(rows, initial, inverse, transitions)
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs."""
+
+    rows: Rows
+    initial: jax.Array  # transposed states before the segments
+    inverse: jax.Array  # T
+    transitions: jax.Array | None  # of the segments, where T is split
 
 
 def kernel_gradients(
-    options: Options, rows: Rows, state: jax.Array, inverse: jax.Array, do: jax.Array, dlast: Any
+    options: Options, kept: Kept, do: jax.Array, dlast: Any
 ) -> tuple[Gradients, jax.Array, jax.Array, jax.Array]:
     """Runs the backward kernels.
 
@@ -142,11 +202,19 @@ def kernel_gradients(
       The gradients of q, k, a, b, g and β [B, T, H, ·], that of v, and that of the state; and the
       diagonal of dR Uᵀ, in KDA β times its gradient.
     """
-    blocks = options.blocks
+    blocks, rows = options.blocks, kept.rows
     inputs, v, do = _inputs(rows), for_kernel(rows.v), for_kernel(do.astype(rows.v.dtype))
-    x = prepare(inputs, blocks=blocks, scale=options.scale, inverse=inverse)
-    walked = walk("states", x, v, state, blocks=blocks)
-    back = walk_back(x, do, dlast, blocks=blocks)
+    x = prepare(inputs, blocks=blocks, scale=options.scale, inverse=kept.inverse)
+    walked = walk("states", x, v, kept.initial, blocks=blocks)
+    dfirst = None
+    if kept.transitions is not None:
+        zeros = jnp.zeros((do.shape[0], *dlast.shape[1:]), jnp.float32)
+        n = walk_back(x, do, zeros, store=False, blocks=blocks).first
+        n = by_segment(n, options.segments)
+        dlast, dfirst = back_over_stretches(kept.transitions, n, dlast, options.axis_name)
+        dlast = by_row(dlast)
+    back = walk_back(x, do, dlast, store=True, blocks=blocks)
+    dfirst = back.first if dfirst is None else dfirst
     is_kda = rows.a is None
     walks = Walks(do, back.r, walked.u, None if is_kda else v, walked.states, back.states)
     pairs = pair_gradients(
@@ -173,13 +241,12 @@ def kernel_gradients(
     q, k, a, b, g = (None if y is None else for_kernel(y) for y in d[:5])
     g = with_beyond(g, d.beyond)
     dv = for_kernel(back.r if is_kda else back.v)
-    return Gradients(q, k, a, b, g, None, d.beta), dv, back.first, pairs.own[1][0]
+    return Gradients(q, k, a, b, g, None, d.beta), dv, dfirst, pairs.own[1][0]
 
 
-def _backward(options: Options, residuals, cotangents):
-    rows, state, inverse = residuals
-    d, dv, dfirst, _ = kernel_gradients(options, rows, state, inverse, *cotangents)
-    dq = (options.scale * d.q.astype(jnp.float32)).astype(rows.q.dtype)
+def _backward(options: Options, kept: Kept, cotangents):
+    d, dv, dfirst, _ = kernel_gradients(options, kept, *cotangents)
+    dq = (options.scale * d.q.astype(jnp.float32)).astype(kept.rows.q.dtype)
     return Rows(dq, d.k, dv, d.a, d.b, d.g, None, None), dfirst
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.dplr.kernels import Options, Rows, padded, rule, start, unpadded
+from kernels_pallas.dplr.kernels import Rows, borders_of, padded, rule, start, unpadded
 from kernels_pallas.dplr.xla import INVERSE
 from kernels_pallas.gated_delta_rule.blocks import Blocks
 from kernels_pallas.gated_delta_rule.gates import is_border
@@ -26,13 +26,20 @@ def dplr_pallas(
     blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Runs the recurrence in kernels; `blocks` overrides the table of blocks.py."""
-    blocks = start(q, v, chunk_size, axis_name, blocks)
+    options = start(
+        q,
+        v,
+        scale=float(scale),
+        chunk_size=chunk_size,
+        inverse=INVERSE,
+        axis_name=axis_name,
+        blocks=blocks,
+    )
     if segment_ids is not None:
         # a reads the state before the decay that ends a segment, but a new segment has none yet.
-        a = jnp.where(is_border(segment_ids)[..., None, None], 0, a)
-    others = [g, q, k, a, b]
-    given, state = padded(v, others, initial_state, segment_ids, q.shape[-1], blocks)
+        border = is_border(segment_ids, *borders_of(options, segment_ids))
+        a = jnp.where(border[..., None, None], 0, a)
+    given, state = padded(options, v, [g, q, k, a, b], initial_state, segment_ids)
     values, g, q, k, a, b = given
-    rows = Rows(q, k, values, a, b, g, None, None)
-    o, state = rule(Options(float(scale), blocks, INVERSE), rows, state)
+    o, state = rule(options, Rows(q, k, values, a, b, g, None, None), state)
     return unpadded(o, state, v, segment_ids, state_dtype)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import backend
-from kernels_pallas.dplr.kernel_math import walk_chunk
+from kernels_pallas.dplr.kernel_math import Squares, walk_chunk
 from kernels_pallas.dplr.prepare import Prepared
 from kernels_pallas.gated_delta_rule.blocks import CHUNK, Blocks
 from kernels_pallas.gated_delta_rule.layout import Layout, column_parts, load, row_shape, span
@@ -71,13 +71,12 @@ def _body(x: Prepared, v_ref, first_ref, out: Walked, *, chunks, parts, carried)
                 out.states[i, :, part] = s.astype(out.states.dtype)
         state, u, o = walk_chunk(
             state,
-            v_ref[rows, :].T,
+            None if v_ref is None else v_ref[rows, :].T,
             load(x.rows.w, rows, parts),
             load_given(x.rows.m, rows, parts),
             load(x.rows.b, rows, parts),
             load_given(x.rows.k, rows, parts),
-            z_ref[rows, :],
-            None if y_ref is None else y_ref[rows, :],
+            *(None if ref is None else ref[rows, :] for ref in (z_ref, y_ref)),
             load(x.whole, row, parts),
         )
         if o is not None:
@@ -92,13 +91,16 @@ def _body(x: Prepared, v_ref, first_ref, out: Walked, *, chunks, parts, carried)
         out.last[:, part] = s
 
 
-def walk(kind: str, x: Prepared, v: jax.Array, initial: jax.Array, *, blocks: Blocks) -> Walked:
+def walk(
+    kind: str, x: Prepared, v: jax.Array | None, initial: jax.Array, *, blocks: Blocks
+) -> Walked:
     """Walks over the chunks.
 
     Args:
-      kind: "output" for o, "states" for U and the states before each chunk.
+      kind: "output" for o, "states" for U and the states before each chunk; "final" for the last
+        state alone; "homogeneous" likewise with v = 0.
       x: what `prepare` computed.
-      v: values in the kernels' layout.
+      v: values in the kernels' layout; None with "homogeneous".
       initial: transposed state before the first chunk [B, H, V, K] float32.
       blocks: sizes.
 
@@ -108,10 +110,12 @@ def walk(kind: str, x: Prepared, v: jax.Array, initial: jax.Array, *, blocks: Bl
     is_kda = x.rows.k is None
     if kind == "output" and not is_kda:  # T and F are for the walk back
         x = x._replace(squares=x.squares._replace(t=None, f=None))
-    if kind == "states":  # M and Y (in KDA F) make the output
+    if kind != "output":  # M and Y (in KDA F) make the output
         squares = x.squares._replace(f=None, y=None)
         squares = squares if is_kda else squares._replace(t=None)
         x = x._replace(rows=x.rows._replace(m=None), squares=squares)
+    if kind == "homogeneous":
+        x = Prepared(x.rows._replace(k=None), Squares(None, None, None, None), x.whole)
     batch, heads, count, key_width = x.whole.shape
     width = initial.shape[2]
     columns = blocks.v_block or width
@@ -121,13 +125,15 @@ def walk(kind: str, x: Prepared, v: jax.Array, initial: jax.Array, *, blocks: Bl
     values = layout.rows(n * CHUNK, columns, column=column)
     state = layout.state(columns, key_width, column)
     states = layout.per_chunk(n, columns, key_width, column=column)
-    rows = row_shape(batch, count * CHUNK, heads, width, v.dtype)
-    last = jax.ShapeDtypeStruct(initial.shape, jnp.float32)
+    operands = x.rows.w.dtype
+    rows = row_shape(batch, count * CHUNK, heads, width, operands)
+    shapes, specs = Walked(jax.ShapeDtypeStruct(initial.shape, jnp.float32)), Walked(state)
     if kind == "output":
-        shapes, specs = Walked(last, o=rows), Walked(state, o=values)
-    else:
-        kept = jax.ShapeDtypeStruct((batch, heads, count, width, key_width), v.dtype)
-        shapes, specs = Walked(last, u=rows, states=kept), Walked(state, u=values, states=states)
+        shapes, specs = shapes._replace(o=rows), specs._replace(o=values)
+    if kind == "states":
+        kept = jax.ShapeDtypeStruct((batch, heads, count, width, key_width), operands)
+        shapes = shapes._replace(u=rows, states=kept)
+        specs = specs._replace(u=values, states=states)
     warps, stages = blocks.walk if kind == "output" else blocks.states
     (out,) = backend.pallas(
         functools.partial(
@@ -135,7 +141,7 @@ def walk(kind: str, x: Prepared, v: jax.Array, initial: jax.Array, *, blocks: Bl
         ),
         name=f"{'kda' if is_kda else 'dplr'}_walk_{kind}",
         grid=(batch, heads, width // columns, count // n),
-        in_specs=[prepared_specs(x, layout, n), values, state],
+        in_specs=[prepared_specs(x, layout, n), None if v is None else values, state],
         out_specs=[specs],
         out_shape=[shapes],
         sequential=1,

@@ -42,8 +42,9 @@ def _body(x: Prepared, do_ref, last_ref, out: WalkedBack, *, chunks, parts, carr
     def chunk(step, dstate):
         i = chunks - 1 - step
         rows, row = span(i, CHUNK), pl.ds(i, 1)
-        for part, s in zip(parts, dstate, strict=True):
-            out.states[i, :, part] = s.astype(out.states.dtype)
+        if out.states is not None:
+            for part, s in zip(parts, dstate, strict=True):
+                out.states[i, :, part] = s.astype(out.states.dtype)
         dstate, dr, dv = walk_back_chunk(
             dstate,
             do_ref[rows, :].T,
@@ -54,8 +55,9 @@ def _body(x: Prepared, do_ref, last_ref, out: WalkedBack, *, chunks, parts, carr
             Squares(*(None if ref is None else ref[rows, :] for ref in x.squares)),
             load(x.whole, row, parts),
         )
-        out.r[rows, :] = dr.astype(out.r.dtype).T
-        if dv is not None:
+        if out.r is not None:
+            out.r[rows, :] = dr.astype(out.r.dtype).T
+        if out.v is not None and dv is not None:
             out.v[rows, :] = dv.astype(out.v.dtype).T
         return dstate
 
@@ -65,13 +67,18 @@ def _body(x: Prepared, do_ref, last_ref, out: WalkedBack, *, chunks, parts, carr
         out.first[:, part] = s
 
 
-def walk_back(x: Prepared, do: jax.Array, last: jax.Array, *, blocks: Blocks) -> WalkedBack:
+def walk_back(
+    x: Prepared, do: jax.Array, last: jax.Array, *, store: bool, blocks: Blocks
+) -> WalkedBack:
     """Walks back over the chunks.
 
     Args:
       x: what `prepare` computed.
       do: gradient of o in the kernels' layout.
       last: gradient of the transposed state after the last chunk [B, H, V, K] float32.
+      blocks: sizes.
+
+      store: whether more than the gradient of the first state is asked for.
       blocks: sizes.
 
     Returns:
@@ -91,6 +98,10 @@ def walk_back(x: Prepared, do: jax.Array, last: jax.Array, *, blocks: Blocks) ->
     rows = jax.ShapeDtypeStruct(do.shape, do.dtype)
     kept = jax.ShapeDtypeStruct((batch, heads, count, width, key_width), do.dtype)
     first = jax.ShapeDtypeStruct(last.shape, jnp.float32)
+    shapes, specs = WalkedBack(first, None, None, None), WalkedBack(state, None, None, None)
+    if store:
+        shapes = WalkedBack(first, rows, None if is_kda else rows, kept)
+        specs = WalkedBack(state, values, None if is_kda else values, states)
     (out,) = backend.pallas(
         functools.partial(
             _body, chunks=n, parts=column_parts(key_width), carried=blocks.walk_chunks > 0
@@ -98,8 +109,8 @@ def walk_back(x: Prepared, do: jax.Array, last: jax.Array, *, blocks: Blocks) ->
         name="kda_walk_back" if is_kda else "dplr_walk_back",
         grid=(batch, heads, width // columns, programs),
         in_specs=[prepared_specs(x, layout, n), values, state],
-        out_specs=[WalkedBack(state, values, None if is_kda else values, states)],
-        out_shape=[WalkedBack(first, rows, None if is_kda else rows, kept)],
+        out_specs=[specs],
+        out_shape=[shapes],
         sequential=1,
         fastest_first=(2, 1, 0, 3),
         num_warps=blocks.back[0],

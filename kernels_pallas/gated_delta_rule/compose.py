@@ -72,3 +72,57 @@ def compose(
 def on_first_device(x: jax.Array, axis_name: str) -> jax.Array:
     """Returns x on the axis' first device and zeros on the others."""
     return jnp.where(jax.lax.axis_index(axis_name) == 0, x, jnp.zeros_like(x))
+
+
+def over_stretches(
+    x: Float[Array, "S B H K K"],
+    n: Float[Array, "S B H V K"],
+    first: Float[Array, "B H V K"],
+    axis_name: str | None,
+) -> tuple[Float[Array, "S B H V K"], Float[Array, "B H V K"]]:
+    """`states_before` where the stretches may go on over the devices of an axis.
+
+    Args:
+      x: transposed M of each of this device's stretches.
+      n: transposed N of each.
+      first: transposed state before the first device's first stretch; the others' is not used.
+      axis_name: the mesh axis, or None.
+
+    Returns:
+      The transposed state before each of this device's stretches, and the one after all devices'.
+    """
+    if axis_name is None:
+        return states_before(x, n, first)
+    all_x, all_n = jax.lax.all_gather(compose(x, n), axis_name)
+    first = jax.lax.psum(on_first_device(first, axis_name), axis_name)
+    before, last = states_before(all_x, all_n, first)
+    own = jax.lax.dynamic_index_in_dim(before, jax.lax.axis_index(axis_name), 0, False)
+    return states_before(x, n, own)[0], last
+
+
+def back_over_stretches(
+    x: Float[Array, "S B H K K"],
+    n: Float[Array, "S B H V K"],
+    last: Float[Array, "B H V K"],
+    axis_name: str | None,
+) -> tuple[Float[Array, "S B H V K"], Float[Array, "B H V K"]]:
+    """`gradients_after` where the stretches may go on over the devices of an axis.
+
+    Args:
+      x: transposed M of each of this device's stretches.
+      n: gradient of the transposed state before each through its own outputs alone.
+      last: gradient of the transposed state after all devices' stretches; every device returned
+        that state, so the gradients add up.
+      axis_name: the mesh axis, or None.
+
+    Returns:
+      The gradient of the transposed state after each of this device's stretches, and that of the
+      initial state, which is 0 but on the first device.
+    """
+    if axis_name is None:
+        return gradients_after(x, n, last)
+    last = jax.lax.psum(last, axis_name)
+    whole = compose(x, n)[0], gradients_after(x, n, jnp.zeros_like(last))[1]
+    after, first = gradients_after(*jax.lax.all_gather(whole, axis_name), last)
+    own = jax.lax.dynamic_index_in_dim(after, jax.lax.axis_index(axis_name), 0, False)
+    return gradients_after(x, n, own)[0], on_first_device(first, axis_name)

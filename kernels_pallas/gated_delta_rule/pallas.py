@@ -133,15 +133,8 @@ def _initial_states(options: Options, q, k, v, s: Scores, from_start, state):
     eye = jnp.broadcast_to(eye, (rows, heads, *eye.shape))
     x = run.walk("homogeneous", q, k, v, s, from_start, eye, blocks=options.blocks).last
     x, n = (by_segment(y, options.segments) for y in (x[:, :, :key_width], n))
-    if options.axis_name is None:
-        before, last = compose.states_before(x, n, state)
-        return before, last, x
-    all_x, all_n = jax.lax.all_gather(compose.compose(x, n), options.axis_name)
-    first = compose.on_first_device(state, options.axis_name)
-    first = jax.lax.psum(first, options.axis_name)
-    before, last = compose.states_before(all_x, all_n, first)
-    own = jax.lax.dynamic_index_in_dim(before, jax.lax.axis_index(options.axis_name), 0, False)
-    return compose.states_before(x, n, own)[0], last, x
+    before, last = compose.over_stretches(x, n, state, options.axis_name)
+    return before, last, x
 
 
 def _scores(options: Options, q, k, gates, inverse=None) -> Scores:
@@ -230,16 +223,8 @@ def _last_gradients(options: Options, q, k, do, s: Scores, from_start, dlast, x)
     zeros = jnp.zeros((do.shape[0], *dlast.shape[1:]), jnp.float32)
     n = run.walk_back(q, k, do, s, from_start, zeros, store=False, blocks=options.blocks).first
     n = by_segment(n, options.segments)
-    if options.axis_name is None:
-        after, first = compose.gradients_after(x, n, dlast)
-        return by_row(after), first
-    # Every device returned the last state, so its gradient is the sum of theirs.
-    dlast = jax.lax.psum(dlast, options.axis_name)
-    whole = compose.compose(x, n)[0], compose.gradients_after(x, n, jnp.zeros_like(dlast))[1]
-    after, first = compose.gradients_after(*jax.lax.all_gather(whole, options.axis_name), dlast)
-    own = jax.lax.dynamic_index_in_dim(after, jax.lax.axis_index(options.axis_name), 0, False)
-    after = compose.gradients_after(x, n, own)[0]
-    return by_row(after), compose.on_first_device(first, options.axis_name)
+    after, first = compose.back_over_stretches(x, n, dlast, options.axis_name)
+    return by_row(after), first
 
 
 def _outputs(options: Options, q, k, v, g, beta, state):

@@ -19,7 +19,7 @@ from kernels_pallas.kda.step import step_reference, step_xla
 from kernels_pallas.kda.xla import kda_xla
 
 # On a GPU once the kernels have been measured on one.
-KERNELS_ON = ("tpu",)
+KERNELS_ON = ("tpu",)  # of the step also a GPU
 CHUNK = {"pallas": kda_pallas, "xla": kda_xla, "reference": kda_reference}
 STEP = {"pallas": kda_step_pallas, "xla": step_xla, "reference": step_reference}
 
@@ -76,7 +76,9 @@ def kda(
       use_qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6) per head, in float32.
       state_dtype: dtype of the returned state; inside it is float32.
       chunk_size: tokens a chunk, a power of two from 16 to 256.
-      axis_name: mesh axis over which T is split; no implementation takes it.
+      axis_name: mesh axis over which T is split, inside the caller's `shard_map`: every device
+        holds the same number of tokens, in order, and the initial state of the first device counts.
+        Only "pallas" takes it.
       implementation: "reference" (token by token), "xla" (chunks), "pallas" (kernels for a GPU or
         a TPU, interpreted elsewhere), or None for the fastest that supports the arguments; on a GPU
         the kernels are taken by name only. A named one never falls back.
@@ -150,8 +152,8 @@ def kda_step(
       scale: factor on the queries; None is 1/sqrt(K).
       use_qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6) per head, in float32.
       implementation: "reference", "xla", "pallas" (one kernel for a GPU or a TPU, interpreted
-        elsewhere), or None for the fastest that supports the arguments; on a GPU the kernel is
-        taken by name only. A named one never falls back.
+        elsewhere), or None for the fastest that supports the arguments. A named one never
+        falls back.
 
     Returns:
       o [B, HV, V] in v's dtype, and the new state in the state's dtype.
@@ -183,5 +185,4 @@ def kda_step(
         state,
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,
-        kernels_on=KERNELS_ON,
     )

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.dplr.kernels import (
-    Options,
     Rows,
     forward,
     kernel_gradients,
@@ -44,12 +43,18 @@ def kda_pallas(
     blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
     """Runs the recurrence in kernels; `blocks` overrides the table of dplr/blocks.py."""
-    blocks = start(q, v, chunk_size, axis_name, blocks)
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    options = start(
+        q,
+        v,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        chunk_size=chunk_size,
+        inverse=INVERSE,
+        axis_name=axis_name,
+        blocks=blocks,
+    )
     others = [g, q, k, beta.astype(jnp.float32)]
-    given, state = padded(v, others, initial_state, segment_ids, q.shape[-1], blocks)
+    given, state = padded(options, v, others, initial_state, segment_ids)
     values, g, q, k, beta = given
-    options = Options(factor, blocks, INVERSE)
     o, state = _rule((options, use_qk_l2norm), q, k, values, g, beta, state)
     return unpadded(o, state, v, segment_ids, state_dtype)
 
@@ -66,14 +71,14 @@ def _rows(options, q, k, v, g, beta) -> Rows:
 
 
 def _forward(options, q, k, v, g, beta, state):
-    out, (_, _, inverse) = forward(options[0], _rows(options, q, k, v, g, beta), state)
-    return out, (q, k, v, g, beta, state, inverse)
+    out, kept = forward(options[0], _rows(options, q, k, v, g, beta), state)
+    return out, (q, k, v, g, beta, kept._replace(rows=None))
 
 
 def _backward(options, residuals, cotangents):
-    q, k, v, g, beta, state, inverse = residuals
+    q, k, v, g, beta, kept = residuals
     rows = _rows(options, q, k, v, g, beta)
-    d, dv, dfirst, by_errors = kernel_gradients(options[0], rows, state, inverse, *cotangents)
+    d, dv, dfirst, by_errors = kernel_gradients(options[0], kept._replace(rows=rows), *cotangents)
 
     def normalised(q, k):
         return prepare_queries_keys(

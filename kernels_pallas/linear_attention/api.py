@@ -24,7 +24,6 @@ CHUNK = {
     "reference": linear_attention_reference,
 }
 # On a GPU once tests of theirs have passed on one.
-KERNELS_ON = ("tpu",)
 STEP = {"pallas": step_pallas, "xla": step_xla, "reference": step_reference}
 
 
@@ -97,8 +96,8 @@ def linear_attention(
         holds the same number of tokens, in order, and the initial state of the first device counts.
         Only "pallas" takes it.
       implementation: "reference" (token by token), "xla" (chunks), "pallas" (kernels for a GPU or
-        a TPU, interpreted elsewhere), or None for the fastest that supports the arguments; on a GPU
-        the kernels are taken by name only. A named one never falls back.
+        a TPU, interpreted elsewhere), or None for the fastest that supports the arguments. A named one
+        never falls back.
 
     Returns:
       o [B, T, HV, V] in v's dtype, and the state [B, HV, K, V] after the last real token (with
@@ -137,7 +136,6 @@ def linear_attention(
         state_dtype=jnp.dtype(state_dtype),
         chunk_size=chunk_size,
         axis_name=axis_name,
-        kernels_on=KERNELS_ON,
     )
 
 
@@ -165,8 +163,8 @@ def linear_attention_step(
       state: [B, HV, K, V], float32 or bfloat16 (float64 under `jax_enable_x64`).
       scale: factor on the queries; None is 1/sqrt(K).
       implementation: "reference", "xla", "pallas" (one kernel for a GPU or a TPU, interpreted
-        elsewhere), or None for the fastest that supports the arguments; on a GPU the kernel is
-        taken by name only. A named one never falls back.
+        elsewhere), or None for the fastest that supports the arguments. A named one never
+        falls back.
 
     Returns:
       o [B, HV, V] in v's dtype, and the new state in the state's dtype.
@@ -197,5 +195,4 @@ def linear_attention_step(
         g,
         state,
         scale=scale,
-        kernels_on=KERNELS_ON,
     )

@@ -12,7 +12,6 @@ from kernels_pallas.short_conv.reference import short_conv_reference
 from kernels_pallas.short_conv.xla import short_conv_xla
 
 # On a GPU once tests/kernels_pallas/test_short_conv_gpu.py has passed on one.
-KERNELS_ON = ("tpu",)
 IMPLEMENTATIONS = {
     "pallas": short_conv_pallas,
     "xla": short_conv_xla,
@@ -54,7 +53,7 @@ def short_conv(
         exchange W-1 rows; `tail`, in and out, is the same on all of them.
       implementation: "reference" (token by token), "xla" (shifted sums), "pallas" (a kernel a pass,
         for D a multiple of 16, W <= 8 and T >= 16; interpreted on a CPU), or None for the fastest
-        that takes the arguments; on a GPU the kernels are taken by name only.
+        that takes the arguments.
 
     Returns:
       y [B, T, D] in u's dtype, and the new tail [B, W-1, D] in the tail's dtype (u's if None):
@@ -94,5 +93,4 @@ def short_conv(
         has_tail=has_tail,
         segment_ids=segment_ids,
         axis_name=axis_name,
-        kernels_on=KERNELS_ON,
     )

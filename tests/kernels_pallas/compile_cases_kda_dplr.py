@@ -52,6 +52,8 @@ CASES = [  # a gradient compiles the forward kernels too
     ("dplr step, 8 heads, B=128", _dplr_step, _step_shapes("dplr", 128, 8, 8, 192, 192)),
 ]
 WIDTHS = [
+    ("kda gradient, T=65536", _gradient(_kda), _shapes("kda", 1, 65536, 18, 18, 128, 128)),
+    ("dplr gradient, T=65536", _gradient(_dplr), _shapes("dplr", 1, 65536, 8, 8, 192, 192)),
     ("kda gradient, K=96, shared keys", _gradient(_kda), _shapes("kda", 2, 1024, 2, 4, 96, 144)),
     (
         "dplr gradient, K=64, float32",
