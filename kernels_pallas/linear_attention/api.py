@@ -96,8 +96,8 @@ def linear_attention(
         holds the same number of tokens, in order, and the initial state of the first device counts.
         Only "pallas" takes it.
       implementation: "reference" (token by token), "xla" (chunks), "pallas" (kernels for a GPU or
-        a TPU, interpreted elsewhere), or None for the fastest that supports the arguments. A named one
-        never falls back.
+        a TPU, interpreted elsewhere), or None for the fastest that supports the arguments. A
+        named one never falls back.
 
     Returns:
       o [B, T, HV, V] in v's dtype, and the state [B, HV, K, V] after the last real token (with

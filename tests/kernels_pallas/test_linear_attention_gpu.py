@@ -80,15 +80,26 @@ def test_long_rows_match_the_recurrence(case):
     assert all(x <= limits[name] for name, x in found.items())
 
 
+STEPS = {  # B 1 H HV K V, and the decay's kind
+    "RetNet": ((32, 1, 4, 4, 192, 384), "head"),
+    "GLA": ((32, 1, 4, 4, 192, 384), "channel"),
+    "Mamba2": ((32, 1, 1, 48, 96, 64), "head"),
+    "no decay": ((32, 1, 2, 4, 96, 256), None),
+}
+
+
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["head", "channel"])
-def test_steps(kind, state_dtype):
-    inputs, cotangents = make("bfloat16", (32, 1, 4, 4, 192, 384), kind, (1e-4, 1.0))
-    *tokens, state = inputs
+@pytest.mark.parametrize("case", STEPS)
+def test_steps(case, state_dtype):
+    sizes, kind = STEPS[case]
+    inputs, cotangents = make("bfloat16", sizes, kind or "head", (1e-4, 1.0))
+    q, k, v, g, state = inputs
     state = state.astype(state_dtype)
-    step = jax.jit(functools.partial(linear_attention_step, implementation="pallas"))
-    o, last = step(*(x[:, 0] for x in tokens), state)
+    tokens = q, k, v, jnp.zeros_like(g) if kind is None else g
     exact = recurrence((*tokens, state), np.ones((32, 1)), cotangents)
+    step = jax.jit(functools.partial(linear_attention_step, implementation="pallas"))
+    token = (x[:, 0] for x in (q, k, v))
+    o, last = step(*token, None if kind is None else g[:, 0], state)
     found = errors((o[:, None], last), exact[:2])
-    print(f"\n{kind}, {state_dtype} state: o {found[0]:.1e} state {found[1]:.1e}")
+    print(f"\n{case}, {state_dtype} state: o {found[0]:.1e} state {found[1]:.1e}")
     assert found[0] <= 8e-3 and found[1] <= (3e-6 if state_dtype == "float32" else 4e-3)
