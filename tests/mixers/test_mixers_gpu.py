@@ -1,6 +1,6 @@
 """Every block with its kernels on a GPU, at the search's sizes, against itself in float32.
 
-The recorded layers of test_mixers_golden.py are too narrow for kernels (K >= 64). `pytest -s` prints
+The recorded layers of test_mixers_golden.py are too narrow for kernels (K >= 64). `-s` prints
 the worst errors of every block.
 """
 
