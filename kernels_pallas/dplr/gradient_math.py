@@ -62,11 +62,11 @@ def row_gradients(
             x = scale_reads(x, jnp.exp(g), is_before)
             return x.reads, x.writes, g
 
-        return None if rows is None else give
+        return give
 
     sums = Gradients(d.reads, d.writes, rows()[1])
     sums, beyond = tile_gradients(
-        scaled(rows), scaled(other), below, sums, dwhole, is_second, bits, operands
+        scaled(rows), None if other is None else scaled(other), below, sums, dwhole, is_second, bits, operands
     )
     x, g = rows()
     own, dg = jnp.exp(g), sums.g

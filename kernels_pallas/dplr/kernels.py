@@ -238,8 +238,8 @@ def kernel_gradients(
         dtype=jnp.float32 if is_kda else rows.q.dtype,
     )
     # The row factors of β have one layout everywhere.
-    q, k, a, b, g = (None if y is None else for_kernel(y) for y in d[:5])
-    g = with_beyond(g, d.beyond)
+    q, k, a, b = (None if y is None else for_kernel(y) for y in d[:4])
+    g = with_beyond(for_kernel(d.g), d.beyond)
     dv = for_kernel(back.r if is_kda else back.v)
     return Gradients(q, k, a, b, g, None, d.beta), dv, dfirst, pairs.own[1][0]
 

@@ -76,7 +76,8 @@ def _body(x: Prepared, v_ref, first_ref, out: Walked, *, chunks, parts, carried)
             load_given(x.rows.m, rows, parts),
             load(x.rows.b, rows, parts),
             load_given(x.rows.k, rows, parts),
-            *(None if ref is None else ref[rows, :] for ref in (z_ref, y_ref)),
+            None if z_ref is None else z_ref[rows, :],
+            None if y_ref is None else y_ref[rows, :],
             load(x.whole, row, parts),
         )
         if o is not None:

@@ -123,6 +123,7 @@ def back_over_stretches(
         return gradients_after(x, n, last)
     last = jax.lax.psum(last, axis_name)
     whole = compose(x, n)[0], gradients_after(x, n, jnp.zeros_like(last))[1]
-    after, first = gradients_after(*jax.lax.all_gather(whole, axis_name), last)
+    all_x, all_n = jax.lax.all_gather(whole, axis_name)
+    after, first = gradients_after(all_x, all_n, last)
     own = jax.lax.dynamic_index_in_dim(after, jax.lax.axis_index(axis_name), 0, False)
     return gradients_after(x, n, own)[0], on_first_device(first, axis_name)
