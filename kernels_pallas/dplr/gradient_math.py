@@ -66,7 +66,14 @@ def row_gradients(
 
     sums = Gradients(d.reads, d.writes, rows()[1])
     sums, beyond = tile_gradients(
-        scaled(rows), None if other is None else scaled(other), below, sums, dwhole, is_second, bits, operands
+        scaled(rows),
+        None if other is None else scaled(other),
+        below,
+        sums,
+        dwhole,
+        is_second,
+        bits,
+        operands,
     )
     x, g = rows()
     own, dg = jnp.exp(g), sums.g
