@@ -107,8 +107,10 @@ class HalfChunks:
             lambda b, h, c, half, p: (b, h, c, 0, p),
         )
 
-    def number(self) -> tuple[jax.Array, pl.BlockSpec]:
-        """The half's number, as an array of one."""
+    def number(self) -> tuple[jax.Array | None, pl.BlockSpec | None]:
+        """The half's number, as an array of one; None where there are no halves."""
+        if self.halves == 1:
+            return None, None
         return jnp.arange(self.halves), pl.BlockSpec((1,), lambda b, h, c, half, p: (half,))
 
 

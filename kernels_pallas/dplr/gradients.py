@@ -108,7 +108,7 @@ def _body(
             block,
             tuple(to_column(ref[row]) for ref in own_pairs),
             *_state_products(w, i, rows, v_step),
-            half_ref[0] == 1,
+            half_ref is not None and half_ref[0] == 1,
             chunk_bits(own.g, rows, own.g.shape[-1], size, operands),
             operands,
             is_before,

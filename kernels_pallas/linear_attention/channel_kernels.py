@@ -152,7 +152,7 @@ def _gradients_body(
             lambda *meeting: jax.tree.map(lambda ref: ref[at], below[meeting]),
             Gradients((reads,), (writes,), zeros),
             inner,
-            half_ref[0] == 1,
+            half_ref is not None and half_ref[0] == 1,
             chunk_bits(own[2], rows, part, size, operands),
             operands,
         )
