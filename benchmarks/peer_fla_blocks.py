@@ -12,8 +12,8 @@ float32), without autocast.
 Mamba2's layer calls mamba_ssm where that is installed (causal_conv1d too, else its own Triton
 convolution). Without it the layer falls back to plain PyTorch, which wants 150 GB for a scan of
 32,768 tokens; then the scan is done by the package's own `chunk_simple_gla`, and the note says so.
-The package's autotuner gets what it asks for, but its configurations are compiled beforehand in
-threads and timed for 25 ms each: one after the other a layer's would take minutes.
+The package's autotuner chooses among all its configurations, which are compiled beforehand in
+threads and timed for 25 ms each. It may still take minutes a layer: give it time.
 With Triton before 3.7.1 the package refuses some gated gradients on Hopper, which come out wrong;
 the check is lifted, for the time alone, and the note says that too.
 """

@@ -115,7 +115,7 @@ class HalfChunks:
 
 
 def with_beyond(dg: jax.Array, beyond: jax.Array | None) -> jax.Array:
-    """Adds `vector_decay_math.Tile.beyond` to the gradients of log decays.
+    """Adds `vector_decay_gradients.Tile.beyond` to the gradients of log decays.
 
     Args:
       dg: [B, T, H, K] float32.

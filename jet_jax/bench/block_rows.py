@@ -165,6 +165,8 @@ class Token(Row):
             outputs = []
             for _ in range(self.steps):
                 o, state = step(state, *token)
+                if implementation != "pallas":  # else XLA fuses steps, which decoding cannot
+                    state = jax.lax.optimization_barrier(state)
                 outputs.append(o)
             return *outputs, state  # every o, else XLA would leave out what is not used
 

@@ -5,8 +5,8 @@ Notation as in kernel_math.py; dR comes from the walk back. Summed over V, and m
     dA_qb = tril(dO Uᵀ)    dA_ab = stril(dR Uᵀ)    dA_qk = tril(dO Vᵀ)    dA_ak = stril(dR Vᵀ)
     dQ̂ = dO Sᵀ    dÂ = dR Sᵀ    dB_e = U dS'ᵀ    dK_e = V dS'ᵀ    dγ = rowsum_V(S ∘ dS')
 
-These go through the decays as vector_decay_math.py says. A row that reads after its own decay e^g
-leads to g by that factor too.
+These go through the decays as vector_decay_gradients.py says. A row that reads after its own decay
+e^g leads to g by that factor too.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.dplr.kernel_math import Vectors, scale_reads
 from kernels_pallas.gated_delta_rule.kernel_math import Parts, add_up
-from kernels_pallas.vector_decay_math import Gradients, tile_gradients
+from kernels_pallas.vector_decay_gradients import Gradients, tile_gradients
 
 
 class RowGradients(NamedTuple):
@@ -25,7 +25,7 @@ class RowGradients(NamedTuple):
 
     rows: Vectors
     g: jax.Array
-    beyond: Any  # see `vector_decay_math.Tile`
+    beyond: Any  # see `vector_decay_gradients.Tile`
 
 
 def row_gradients(
@@ -46,7 +46,8 @@ def row_gradients(
       rows: gives the rows, with all factors but decay, and the log decays, of all of the chunk or
         half of it; called often, so that a kernel need not hold them.
       other: gives those of the other half, or None.
-      below: gives blocks of the scores' gradients (see `vector_decay_math.tile_gradients`).
+      below: gives blocks of the scores' gradients (see
+        `vector_decay_gradients.tile_gradients`).
       own_pairs: the diagonals of those of q as columns.
       d: gradients of Q̂, Â, B_e and K_e.
       dwhole: gradient of γ, [1, K_p].

@@ -1,10 +1,11 @@
-"""Fourth kernel of the way back: the gradients of q, a, b, k and g, for all chunks at once.
+"""Fifth kernel of the way back: the gradients of q, a, b, k and g, for all chunks at once.
 
     dO Sᵀ    dR Sᵀ    U dS'ᵀ   V dS'ᵀ    rowsum_V(S ∘ dS')          with the states
 
 and those of the scores (pair_gradients.py) through the decays, which are worked out anew
 (gradient_math.py; how rows and K are cut: half_chunks.py). Read, for each part of K: dO, dR, U (and
-V) and the scores' gradients; once: S and dS', q, k (a, b) and g. Written: dq, dk (da, db) and dg.
+V) and the scores' gradients; once: S and dS'; q, k (a, b) and g once, and again for the other half.
+Written: dq, dk (da, db) and dg.
 """
 
 import functools

@@ -61,6 +61,15 @@ class Rows(NamedTuple):
     beta: Any  # [B, H, N, C]
 
 
+class Kept(NamedTuple):
+    """What the backward pass needs."""
+
+    rows: Rows
+    initial: jax.Array  # transposed states before the segments
+    inverse: jax.Array  # T
+    transitions: jax.Array | None  # of the segments, where T is split
+
+
 def start(
     q: jax.Array,
     v: jax.Array,
@@ -182,15 +191,6 @@ def forward(options: Options, rows: Rows, state: jax.Array) -> tuple[Any, Any]:
     out = walk("output", x, v, initial, blocks=options.blocks)
     last = out.last if last is None else last
     return (for_kernel(out.o), last), Kept(rows, initial, inverse, transitions)
-
-
-class Kept(NamedTuple):
-    """What the backward pass needs."""
-
-    rows: Rows
-    initial: jax.Array  # transposed states before the segments
-    inverse: jax.Array  # T
-    transitions: jax.Array | None  # of the segments, where T is split
 
 
 def kernel_gradients(

@@ -49,4 +49,6 @@ def find_blocks(platform: str, key_width: int) -> Blocks:
     """Returns the blocks for a platform and a head's key width."""
     if platform == "tpu":
         return TPU
-    return GPU if key_width % GPU.channels == 0 else dataclasses.replace(GPU, channels=32)
+    if key_width % GPU.channels == 0:
+        return GPU
+    return dataclasses.replace(GPU, channels=32, channel_gradients=(2, 1))

@@ -28,13 +28,8 @@ from kernels_pallas.half_chunks import FASTEST_FIRST, HalfChunks
 from kernels_pallas.linear_attention.blocks import CHUNK, Blocks
 from kernels_pallas.linear_attention.kernel_terms import Terms
 from kernels_pallas.pair_gradients import pair_gradients
-from kernels_pallas.vector_decay_math import (
-    Gradients,
-    add_scores,
-    chunk_bits,
-    end_factors,
-    tile_gradients,
-)
+from kernels_pallas.vector_decay_gradients import Gradients, tile_gradients
+from kernels_pallas.vector_decay_math import add_scores, chunk_bits, end_factors
 
 
 def _terms_body(q_ref, k_ref, g_ref, out: Terms, *, chunks, channels, scale):

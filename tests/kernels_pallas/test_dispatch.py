@@ -4,6 +4,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kernels_pallas import (
+    backend,
+    dplr_delta_rule,
+    dplr_delta_rule_step,
+    kda,
+    kda_step,
+    linear_attention,
+    linear_attention_step,
+)
 from kernels_pallas.dispatch import dispatch, preferring
 
 
@@ -90,3 +99,25 @@ def test_a_trace_is_kept_for_its_preference():
     with preferring("multiply"):
         assert function(x) == 15
     assert function(x) == 6
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu", "cpu"])
+def test_which_recurrences_take_kernels_unnamed(platform):
+    """KDA's and the DPLR rule's whole recurrences not on a GPU, where they have yet to pass."""
+    rows, decays = jnp.zeros((1, 64, 1, 64), jnp.bfloat16), jnp.zeros((1, 64, 1, 64))
+    state, token = jnp.zeros((1, 1, 64, 64)), (rows[:, 0], rows[:, 0], rows[:, 0])
+    beta = jnp.zeros((1, 64, 1))
+    calls = {
+        "linear_attention": lambda: linear_attention(rows, rows, rows, decays),
+        "linear_attention_step": lambda: linear_attention_step(*token, decays[:, 0], state),
+        "kda": lambda: kda(rows, rows, rows, decays, beta),
+        "kda_step": lambda: kda_step(*token, decays[:, 0], beta[:, 0], state),
+        "dplr": lambda: dplr_delta_rule(rows, rows, rows, rows, rows, decays),
+        "dplr_step": lambda: dplr_delta_rule_step(
+            *token, rows[:, 0], rows[:, 0], decays[:, 0], state
+        ),
+    }
+    with backend.compile_for(platform):
+        taken = {name for name, f in calls.items() if "pallas_call" in str(jax.make_jaxpr(f)())}
+    expected = set() if platform == "cpu" else set(calls)
+    assert taken == (expected - {"kda", "dplr"} if platform == "gpu" else expected)

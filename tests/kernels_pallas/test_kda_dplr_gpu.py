@@ -22,11 +22,14 @@ SIZES = {
 }
 LENGTHS = [9, 1800, 1, 7, 200, 64, 100, 1900, 15]
 PACKED = np.repeat([0, 1, 2, 0, 3, 4, 5, 6, 0], LENGTHS)[None].astype(np.int32)
-# bfloat16 over thousands of tokens of which nothing is forgotten: seen 1.5e-2 and 1.3e-2.
-HARDEST, MISSED = "no decay, beta 1, keys alike", 2e-2
+# bfloat16 over thousands of tokens of which nothing is forgotten misses the limits: seen up to
+# 1.5e-2 (dbeta) and 1.3e-2 (db). What is known to miss, and how far it may.
+HARDEST, FAR = "no decay, beta 1, keys alike", 2e-2
+MISSES = {"kda": ("o", "state", "dq", "dk", "dv", "dg", "dbeta"), "dplr": ("da", "db")}
 
 
-def check(op, inputs, cotangents, ids, label, limits=None):
+def check(op, inputs, cotangents, ids, label, misses=()):
+    """Compares with float64 and returns the names of those known misses that are over the limit."""
     got = outputs_and_gradients(op, inputs, ids, cotangents, "pallas", 64)
     again = outputs_and_gradients(op, inputs, ids, cotangents, "pallas", 64)
     for x, y in zip(got, again, strict=True):
@@ -35,9 +38,10 @@ def check(op, inputs, cotangents, ids, label, limits=None):
     names = ("o", "state", *("d" + name for name in NAMES[op]))
     errors = {name: error(*pair) for name, *pair in zip(names, got, expected, strict=True)}
     print(f"\n{op}, {label}: " + "  ".join(f"{name} {x:.1e}" for name, x in errors.items()))
-    most, decay = limits or LIMITS[str(got[0].dtype)]
-    assert all(x <= (decay if name == "dg" else most) for name, x in errors.items()), errors
-    return errors
+    most, decay = LIMITS[str(got[0].dtype)]
+    over = {name for name, x in errors.items() if x > (decay if name == "dg" else most)}
+    assert over <= set(misses) and all(errors[name] <= FAR for name in over), errors
+    return over
 
 
 @pytest.mark.parametrize("case", ["plain", HARDEST, "weak beside strong decay"])
@@ -46,16 +50,13 @@ def check(op, inputs, cotangents, ids, label, limits=None):
 def test_matches_the_recurrence_in_float64(op, size, case):
     dtype = size.split(",")[0]
     inputs, cotangents = make(op, jnp.dtype(dtype), SIZES[size], **CASES[case])
-    limits = (MISSED, MISSED) if (dtype, case) == ("bfloat16", HARDEST) else None
-    worst = {}
+    misses = MISSES[op] if (dtype, case) == ("bfloat16", HARDEST) else ()
+    missed = set()
     for ids in (np.ones_like(PACKED), PACKED):
         label = f"{size}, {case}, {ids.max()} documents"
-        errors = check(op, inputs, cotangents, ids, label, limits)
-        worst = {name: max(x, worst.get(name, 0)) for name, x in errors.items()}
-    most, decay = LIMITS[dtype]
-    missed = [n for n, x in worst.items() if x > (decay if n == "dg" else most)]
-    if missed:  # only where the looser limit has let it through
-        pytest.xfail(f"a known miss of the limits: {', '.join(missed)}")
+        missed |= check(op, inputs, cotangents, ids, label, misses)
+    if missed:
+        pytest.xfail(f"known misses of the limits: {', '.join(sorted(missed))}")
 
 
 @pytest.mark.parametrize("decay", [(0.0, 0.6), (0.5, 2.1), (1.0, 6.0)])
