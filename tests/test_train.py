@@ -15,8 +15,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
+from tiny_run import CONFIG, read_config
 
 import train
 from jet_jax import checkpoint, io
@@ -31,17 +30,6 @@ from jet_jax.train_config import TrainConfig
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
-CONFIG = "tests/train_configs/tiny.py"
-
-
-def read_config(*arguments: str) -> TrainConfig:
-    """The settings as the command line gives them."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    command = ["train.py", f"--config={ROOT / CONFIG}", *arguments]
-    with mock.patch.object(sys, "argv", command):  # where config_flags looks for overrides
-        values(command)
-    return TrainConfig.from_dict(values.config.to_dict())
 
 
 def start(workdir: Path, cache: Path, *arguments: str) -> subprocess.Popen:
@@ -50,7 +38,8 @@ def start(workdir: Path, cache: Path, *arguments: str) -> subprocess.Popen:
         f"--config.compile_cache={cache}", *arguments,
     ]  # fmt: skip
     log = open(workdir.with_suffix(".log"), "a")
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ})
+    env = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # small programs too
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env)
 
 
 def finish(process: subprocess.Popen, workdir: Path) -> str:
