@@ -33,6 +33,7 @@ def _shapes(b, t, d, *, w=4, dtype=jnp.bfloat16, bias=False, tail=False, packed=
 CASES = [  # a gradient compiles the forward kernel too
     ("short_conv gradient", _gradient, _shapes(8, 8192, 3072)),
     ("short_conv gradient, packed", _packed_gradient, _shapes(8, 8192, 3072, packed=True)),
+    ("short_conv, tail, packed", _forward, _shapes(8, 8192, 3072, tail=True, packed=True)),
     (
         "short_conv, tail, packed, T=262144",
         _forward,
