@@ -33,7 +33,6 @@ def dispatch(
     implementations: Mapping[str, Callable[..., Any]],
     implementation: str | None,
     *args: Any,
-    kernels_on: tuple[str, ...] = ("gpu", "tpu"),
     **kwargs: Any,
 ) -> Any:
     """Calls one implementation of an operation.
@@ -43,10 +42,8 @@ def dispatch(
       implementations: name to function, fastest first. A function that cannot take the arguments
         raises `NotImplementedError` with the reason.
       implementation: the one to call, without any fallback; None takes the first that supports
-        the arguments (see `preferring`).
+        the arguments (see `preferring`), "pallas" only on devices that its blocks are cut for.
       *args: passed on.
-      kernels_on: platforms where None may take "pallas", on devices that its blocks are cut for;
-        never a CPU, where it is interpreted.
       **kwargs: passed on.
 
     Returns:
@@ -74,7 +71,7 @@ def dispatch(
     for name in sorted(implementations, key=lambda name: name != first):
         function = implementations[name]
         unnamed = name == "pallas" and name != first
-        if unnamed and not (platform() in kernels_on and suits_kernels()):
+        if unnamed and not (platform() != "cpu" and suits_kernels()):
             continue
         try:
             return function(*args, **kwargs)

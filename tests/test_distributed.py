@@ -36,7 +36,8 @@ def start(workdir: Path, *arguments: str) -> subprocess.Popen:
         sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}",
         *SETTINGS, *arguments,
     ]  # fmt: skip
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    count = "--xla_force_host_platform_device_count="
+    env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace(f"{count}8", f"{count}2")}
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -18,7 +18,6 @@ from kernels_pallas.dplr.step_pallas import dplr_step_pallas
 from kernels_pallas.dplr.xla import dplr_xla
 
 # On a GPU once the kernels have been measured on one.
-KERNELS_ON = ("tpu",)  # of the step also a GPU
 CHUNK = {"pallas": dplr_pallas, "xla": dplr_xla, "reference": dplr_reference}
 STEP = {"pallas": dplr_step_pallas, "xla": step_xla, "reference": step_reference}
 
@@ -77,8 +76,8 @@ def dplr_delta_rule(
         holds the same number of tokens, in order, and the initial state of the first device counts.
         Only "pallas" takes it.
       implementation: "reference" (token by token), "xla" (chunks), "pallas" (kernels for a GPU or
-        a TPU, interpreted elsewhere), or None for the fastest that supports the arguments; on a GPU
-        the kernels are taken by name only. A named one never falls back.
+        a TPU, interpreted elsewhere), or None for the fastest that supports the arguments. A named
+        one never falls back.
 
     Returns:
       o [B, T, H, V] in v's dtype, and the state [B, H, K, V] after the last real token.
@@ -117,7 +116,6 @@ def dplr_delta_rule(
         state_dtype=jnp.dtype(state_dtype),
         chunk_size=chunk_size,
         axis_name=axis_name,
-        kernels_on=KERNELS_ON,
     )
 
 

@@ -19,7 +19,6 @@ from kernels_pallas.kda.step import step_reference, step_xla
 from kernels_pallas.kda.xla import kda_xla
 
 # On a GPU once the kernels have been measured on one.
-KERNELS_ON = ("tpu",)  # of the step also a GPU
 CHUNK = {"pallas": kda_pallas, "xla": kda_xla, "reference": kda_reference}
 STEP = {"pallas": kda_step_pallas, "xla": step_xla, "reference": step_reference}
 
@@ -80,8 +79,8 @@ def kda(
         holds the same number of tokens, in order, and the initial state of the first device counts.
         Only "pallas" takes it.
       implementation: "reference" (token by token), "xla" (chunks), "pallas" (kernels for a GPU or
-        a TPU, interpreted elsewhere), or None for the fastest that supports the arguments; on a GPU
-        the kernels are taken by name only. A named one never falls back.
+        a TPU, interpreted elsewhere), or None for the fastest that supports the arguments. A named
+        one never falls back.
 
     Returns:
       o [B, T, HV, V] in v's dtype, and the state [B, HV, K, V] after the last real token.
@@ -120,7 +119,6 @@ def kda(
         state_dtype=jnp.dtype(state_dtype),
         chunk_size=chunk_size,
         axis_name=axis_name,
-        kernels_on=KERNELS_ON,
     )
 
 

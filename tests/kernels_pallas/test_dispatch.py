@@ -88,7 +88,7 @@ def test_kernels_can_be_preferred_where_they_have_to_be_named():
     table = {"pallas": lambda: "pallas", "xla": lambda: "xla"}
     assert dispatch("op", table, None) == "xla"  # a CPU
     with preferring("pallas"):
-        assert dispatch("op", table, None, kernels_on=()) == "pallas"
+        assert dispatch("op", table, None) == "pallas"
 
 
 def test_a_trace_is_kept_for_its_preference():
@@ -103,7 +103,6 @@ def test_a_trace_is_kept_for_its_preference():
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu", "cpu"])
 def test_which_recurrences_take_kernels_unnamed(platform):
-    """KDA's and the DPLR rule's whole recurrences not on a GPU, where they have yet to pass."""
     rows, decays = jnp.zeros((1, 64, 1, 64), jnp.bfloat16), jnp.zeros((1, 64, 1, 64))
     state, token = jnp.zeros((1, 1, 64, 64)), (rows[:, 0], rows[:, 0], rows[:, 0])
     beta = jnp.zeros((1, 64, 1))
@@ -119,5 +118,4 @@ def test_which_recurrences_take_kernels_unnamed(platform):
     }
     with backend.compile_for(platform):
         taken = {name for name, f in calls.items() if "pallas_call" in str(jax.make_jaxpr(f)())}
-    expected = set() if platform == "cpu" else set(calls)
-    assert taken == (expected - {"kda", "dplr"} if platform == "gpu" else expected)
+    assert taken == (set() if platform == "cpu" else set(calls))
