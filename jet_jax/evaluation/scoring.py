@@ -95,13 +95,15 @@ def item_sums(
 
     Returns:
       float32: `logprob` of the answer in nats, its `tokens` in these rows, and how many of them
-      are `wrong`, that is not the likeliest token. Sums of several batches add up.
+      are `wrong`, that is not the likeliest token; with a teacher also `kl` and
+      `teacher_logprob`. Sums of several batches add up.
     """
     one = jnp.ones(answers.shape, jnp.float32)
     values = {
         "logprob": scores["logprob"],
         "tokens": one,
         "wrong": jnp.where(scores["correct"], 0.0, one),
+        **{name: scores[name] for name in ("kl", "teacher_logprob") if name in scores},
     }
     at = answers.reshape(-1)
     return {
@@ -157,14 +159,14 @@ def summarise(rows: Rows, sums: Mapping[str, Any]) -> dict[str, Any]:
       highest log-probability (a tie is wrong). `loss`: mean over questions of minus the
       log-probability of the right answer, in nats. `items` and `questions`: their numbers.
       For choices also `accuracy_norm`, by the log-probability a token, and `choice_loss`: mean
-      cross-entropy of the softmax over a question's choices. `per_item`: arrays `logprob`,
-      `tokens`, `wrong`. `per_question`, in the order of group numbers: arrays `correct` (bool)
-      and `loss`, for choices also `correct_norm` and `choice_loss`.
+      cross-entropy of the softmax over a question's choices. `per_item`: the sums as arrays.
+      `per_question`, in the order of group numbers: arrays `correct` (bool) and `loss`, for
+      choices also `correct_norm`, `choice_loss` and `chosen`, the likeliest item from 0.
 
     Raises:
       ValueError: the sums are not those of all tokens of these items.
     """
-    per_item = {name: np.asarray(sums[name], np.float64) for name in ("logprob", "tokens", "wrong")}
+    per_item = {name: np.asarray(x, np.float64) for name, x in sums.items()}
     expected = np.bincount(rows.answers.reshape(-1), minlength=rows.num_items + 1)[1:]
     if not np.array_equal(per_item["tokens"], expected):
         raise ValueError(
@@ -175,6 +177,7 @@ def summarise(rows: Rows, sums: Mapping[str, Any]) -> dict[str, Any]:
     _, group = np.unique(rows.groups, return_inverse=True)
     order = np.argsort(group[right])  # the right items in the order of their questions
     per_question = {"loss": -logprob[right][order]}
+    chosen = {}
     if rows.has_choices:
         for name, score in (("correct", logprob), ("correct_norm", logprob / expected)):
             rival = np.full(len(order), -np.inf)
@@ -184,6 +187,8 @@ def summarise(rows: Rows, sums: Mapping[str, Any]) -> dict[str, Any]:
         np.maximum.at(best, group, logprob)
         partition = np.bincount(group, np.exp(logprob - best[group]))
         per_question["choice_loss"] = best + np.log(partition) + per_question["loss"]
+        by_score = np.lexsort((-logprob, group))  # the best of each question comes first
+        chosen["chosen"] = by_score[np.unique(group[by_score], return_index=True)[1]]
     else:
         per_question["correct"] = (per_item["wrong"] == 0)[order]
     names = {"correct": "accuracy", "correct_norm": "accuracy_norm"}
@@ -192,7 +197,7 @@ def summarise(rows: Rows, sums: Mapping[str, Any]) -> dict[str, Any]:
         "items": float(rows.num_items),
         "questions": float(len(order)),
         "per_item": per_item,
-        "per_question": per_question,
+        "per_question": per_question | chosen,
     }
 
 
