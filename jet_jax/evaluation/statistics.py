@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Values = Sequence[float] | np.ndarray
+Values = Sequence[float | int] | np.ndarray
 
 
 class Interval(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -19,18 +20,19 @@ Nelson Palmer Parker Perry Price Reed Rogers Russell Scott Shaw Taylor Turner Wa
 Webb West White Wood Wright Young""".split()
 
 
-def single_token_words(tokenizer: TextTokenizer, count: int = MOST) -> list[str]:
-    """Lower-case words of three letters or more that are one token after a space.
+@functools.lru_cache(maxsize=4)
+def single_token_words(tokenizer: TextTokenizer) -> dict[str, int]:
+    """Lower-case words of three letters or more that are one token after a space, and their ids.
 
-    They are in the order of their ids, which a byte-pair tokenizer gives out by frequency. In a
-    small vocabulary some are parts of words.
+    They are in the order of their ids, which a byte-pair tokenizer gives out by frequency, and at
+    most `MOST`. In a small vocabulary some are parts of words.
     """
-    found: list[str] = []
+    found: dict[str, int] = {}
     for i in range(tokenizer.vocab_size):
         word = tokenizer.decode([i]).strip()
         if re.fullmatch("[a-z]{3,}", word) and tokenizer.encode(f" {word}").tolist() == [i]:
-            found.append(word)
-            if len(found) == count:
+            found[word] = i
+            if len(found) == MOST:
                 break
     return found
 
@@ -43,9 +45,8 @@ def word_ids(
     Raises:
       ValueError: fewer than `needed` words, or one that the tokenizer splits.
     """
-    words = single_token_words(tokenizer) if words is None else list(dict.fromkeys(words))
-    ids = []
-    for word in words:
+    ids = list(single_token_words(tokenizer).values()) if words is None else []
+    for word in dict.fromkeys(words or ()):
         pieces = tokenizer.encode(f" {word}").tolist()
         if len(pieces) != 1:
             raise ValueError(
@@ -56,7 +57,7 @@ def word_ids(
     if len(ids) < needed:
         raise ValueError(
             f"{name}: {needed} words of one token are needed, but there are {len(ids)}; ask for "
-            "fewer pairs, or use a tokenizer with a larger vocabulary"
+            "less, give more words, or use a tokenizer with a larger vocabulary"
         )
     return ids
 
