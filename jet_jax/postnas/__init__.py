@@ -1,0 +1,1 @@
+"""PostNAS: the search for a hybrid inside a pretrained full-attention model."""
