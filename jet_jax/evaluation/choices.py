@@ -116,8 +116,11 @@ def cloze(
       split: of the documents; None uses all of them.
 
     Raises:
-      ValueError: no documents, or none with a sentence that ends beyond `length` tokens.
+      ValueError: `num_rows` below 1, no documents, or none with a sentence that ends beyond
+        `length` tokens.
     """
+    if num_rows < 1:
+        raise ValueError(f"cloze: num_rows={num_rows} must be at least 1")
     texts = splits.documents_of(documents, split)
     begin = haystack.start(tokenizer).ids
     # A sentence's last word: at least four letters, and no name.

@@ -35,7 +35,7 @@ def token_filler(tokens: Sequence[int]) -> Callable[[np.random.Generator], Itera
 
     def stream(rng: np.random.Generator) -> Iterator[Ids]:
         while True:
-            yield [int(tokens[rng.integers(len(tokens))])]
+            yield [tokens[int(rng.integers(len(tokens)))]]
 
     return stream
 
@@ -89,7 +89,7 @@ def hide(
     out: Ids = []
     for i in range(len(filler) + 1):
         for j in np.flatnonzero(places == i):
-            out += statements[j]
+            out += statements[int(j)]
         if i < len(filler):
             out += filler[i]
     return out

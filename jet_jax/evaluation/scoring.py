@@ -176,7 +176,7 @@ def summarise(rows: Rows, sums: Mapping[str, Any]) -> dict[str, Any]:
     logprob, right = per_item["logprob"], rows.right
     _, group = np.unique(rows.groups, return_inverse=True)
     order = np.argsort(group[right])  # the right items in the order of their questions
-    per_question = {"loss": -logprob[right][order]}
+    per_question: dict[str, np.ndarray] = {"loss": -logprob[right][order]}
     chosen = {}
     if rows.has_choices:
         for name, score in (("correct", logprob), ("correct_norm", logprob / expected)):

@@ -61,24 +61,28 @@ def documents_of(documents: Sequence[str], split: str | None) -> list[str]:
 
 
 def draw(
-    make: Callable[[np.random.Generator], Passage], seed: int, split: str, count: int, name: str
+    make: Callable[[np.random.Generator], Passage],
+    seed: int,
+    split: str | None,
+    count: int,
+    name: str,
 ) -> list[Passage]:
-    """Draws `count` passages that belong to a split, no two alike.
+    """Draws `count` passages that belong to a split, no two alike; any passages for None.
 
     Raises:
       ValueError: an unknown split, a count below 1, or too few different passages.
     """
     if count < 1:
         raise ValueError(f"{name}: num_rows={count} must be at least 1")
-    rng = random(seed, split)
+    rng = random(seed, split or "test")
     found: dict[tuple[int, ...], Passage] = {}
     for _ in range(100 + 20 * count):
         passage = make(rng)
-        if split_of(passage.ids) == split:
+        if split is None or split_of(passage.ids) == split:
             found.setdefault(tuple(passage.ids), passage)
             if len(found) == count:
                 return list(found.values())
     raise ValueError(
-        f"{name}: only {len(found)} different rows of {count} found for the split {split!r}; ask "
+        f"{name}: only {len(found)} different rows of {count} found (split {split!r}); ask "
         "for fewer rows or for longer ones with more to choose from"
     )

@@ -96,6 +96,13 @@ def test_splits_share_no_row_where_there_are_few():
         retrieval.mqar(range(9), 0, 60, 5, **options)
 
 
+def test_extraction_takes_all_documents_where_no_split_is_named(tokenizer, documents):
+    rows = retrieval.extraction(tokenizer, documents[:1], 0, 4, LENGTH, split=None)
+    (source,) = [tokenizer.decode(tokenizer.encode(text)) for text in documents[:1]]
+    for _, answer in answers_of(rows):
+        assert tokenizer.decode(answer) in source
+
+
 def test_depths_vary(tokenizer):
     rows = retrieval.needle(tokenizer, 0, 30, LENGTH)
     depths = [len(before) - look_up(before, 6)[1] for before, _ in answers_of(rows)]
