@@ -11,11 +11,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from jet_jax.cache_parts import MIB, kept, layer_bytes, rounded_mib
 from jet_jax.config import ModelConfig
 from jet_jax.mixer_options import AttentionOptions
 
 CONTEXTS = tuple(2**n * 1024 for n in range(2, 9))  # 4K to 256K tokens
-_MIB = 2**20
+LONG = 65536  # the context at which the paper states cache sizes
 
 
 def add_parser(subparsers: Any) -> None:
@@ -115,7 +116,9 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     Returns:
       `layers`, `options`, `parameters` (by group, with `total`), `contexts` and, a number for each
       context, `cache_bytes` and `flops_per_token` of one sequence, with the same under
-      `all_attention` where the model has attention options.
+      `all_attention` where the model has attention options. `cache_parts` has, for each kind of
+      layer, what one `keeps` and the `bytes` of all of them at each context, which add up to
+      `cache_bytes`; `cache_rounded_mib` the MiB with each layer's rounded to whole ones.
     """
     full = all_attention(config)
 
@@ -132,6 +135,14 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "parameters": parameter_groups(config) | {"total": config.param_count()},
         "contexts": list(CONTEXTS),
         **costs(config),
+        "cache_parts": {
+            kind: {
+                "keeps": kept(config, kind),
+                "bytes": [n * layer_bytes(config, kind, context) for context in CONTEXTS],
+            }
+            for kind, n in Counter(config.layer_types).items()
+        },
+        "cache_rounded_mib": [rounded_mib(config, context) for context in CONTEXTS],
         "all_attention": None if full is None else costs(full),
     }
 
@@ -189,16 +200,29 @@ def _print(title: str, config: ModelConfig) -> None:
         table.add_column(column, justify="right")
     for i, context in enumerate(facts["contexts"]):
         cache, flops = facts["cache_bytes"][i], facts["flops_per_token"][i]
-        row = [f"{cache / _MIB:,.2f}", f"{flops / 1e9:,.2f}"]
+        row = [f"{cache / MIB:,.2f}", f"{flops / 1e9:,.2f}"]
         if full:
             of_full = full["cache_bytes"][i]
-            row[1:1] = [f"{of_full / _MIB:,.2f}", f"{of_full / cache:.1f}×"]
+            row[1:1] = [f"{of_full / MIB:,.2f}", f"{of_full / cache:.1f}×"]
             row.append(f"{full['flops_per_token'][i] / 1e9:,.2f}")
         table.add_row(f"{context // 1024}K", *row)
     console.print(table)
     console.print(
-        "Cache of one sequence. FLOPs are a forward pass, averaged over a causal sequence of that "
-        "length; training takes three times as many."
+        "FLOPs are a forward pass, averaged over a causal sequence of that length; training takes "
+        "three times as many."
+    )
+
+    at = CONTEXTS.index(LONG)
+    table = Table("cache of one sequence", "a layer keeps, of T tokens", title_justify="left")
+    table.add_column(f"MiB at {LONG // 1024}K", justify="right")
+    for kind, part in facts["cache_parts"].items():
+        table.add_row(f"{kind} × {counts[kind]}", part["keeps"], f"{part['bytes'][at] / MIB:,.2f}")
+    table.add_section()
+    table.add_row("total", "", f"{facts['cache_bytes'][at] / MIB:,.2f}")
+    console.print(table)
+    console.print(
+        f"{facts['cache_rounded_mib'][at]:,} MiB with each layer's cache rounded to whole MiB, "
+        "which is how the MB of arXiv 2508.15884 come out."
     )
 
 
