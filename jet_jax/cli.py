@@ -15,6 +15,7 @@ from importlib import import_module
 COMMANDS = {
     "bench": "measure kernels and layers on the device that is there",
     "convert": "convert a model between Hugging Face and Orbax directories",
+    "eval": "measure a model: retrieval, arithmetic, choices, perplexity",
     "generate": "continue prompts, streaming the text",
     "info": "layers, parameters, cache size and FLOPs of a config or model",
     "verify": "recompute a model's recorded outputs and compare",
