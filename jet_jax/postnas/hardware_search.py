@@ -159,7 +159,7 @@ def table(
         f"|---|{'--:|' * len(columns)}---|",
     ]
     for i, row in enumerate(rows):
-        row = row | {"score": choice.scores[i]}
+        row: Row = {**row, "score": choice.scores[i]}
         cells = [str(row.get("shape", i))]
         for name, _, factor, style in columns:
             value = row.get(name)

@@ -75,7 +75,7 @@ def test_explicit_lists():
             Shape.of(bad)
 
 
-@pytest.mark.parametrize("shape", [*PAPER, (48, 112, 6), (112, 16, 3)])
+@pytest.mark.parametrize("shape", [*PAPER, (80, 112, 9), (48, 208, 9)])
 def test_shaped_is_exact(shape):
     """Also for the code that truncates head_dim·expand_v and num_heads·head_dim·expand_v."""
     mixers = {"jet": {"num_heads": 1, "head_dim": 8}, "gdn": {"num_heads": 1, "num_v_heads": 2}}
