@@ -51,10 +51,12 @@ def compare(
       Sizes of the set; `models`: for each name `value`, `low` and `high` (the measure and its
       95 % interval over texts), the figures of `harness.evaluate` and `per_question`, its arrays
       as lists; `differences`: for each further model the first one's value minus its own with the
-      interval of the paired difference, and for accuracy McNemar's counts and p-value.
+      interval of the paired difference, and for accuracy McNemar's counts and p-value, and
+      `loss`, the same difference of the loss.
     """
     unit = texts_of(rows)
     sums: dict[str, np.ndarray] = {}
+    loss: dict[str, np.ndarray] = {}
     out: dict[str, Any] = {
         "measure": measure,
         "length": rows.tokens.shape[1],
@@ -75,19 +77,24 @@ def compare(
         else:
             values, weights = correct[name], np.ones(len(unit))
         sums[name], weight = np.bincount(unit, values), np.bincount(unit, weights)
+        loss[name] = np.bincount(unit, result["per_question"]["loss"])
         interval = statistics.bootstrap(sums[name], weight, samples=SAMPLES)
         out["models"][name] = {
-            **dict(zip(("value", "low", "high"), interval, strict=True)),
+            **_named(interval),
             **{key: value for key, value in result.items() if key not in ARRAYS},
             "per_question": {key: x.tolist() for key, x in result["per_question"].items()},
         }
         if name == first:
             continue
         interval = statistics.bootstrap_difference(sums[first], sums[name], weight, samples=SAMPLES)
-        out["differences"][name] = dict(zip(("value", "low", "high"), interval, strict=True))
+        out["differences"][name] = _named(interval)
         if measure == "accuracy":
             test = statistics.mcnemar(correct[first], correct[name])
             out["differences"][name] |= test._asdict()
+            interval = statistics.bootstrap_difference(
+                loss[first], loss[name], weight, samples=SAMPLES
+            )
+            out["differences"][name]["loss"] = _named(interval)
     return out
 
 
@@ -120,6 +127,10 @@ def free_running(
         "new_tokens": new_tokens,
         "per_prompt": {name: x.tolist() for name, x in result.items()},
     }
+
+
+def _named(interval: statistics.Interval) -> dict[str, float]:
+    return dict(zip(("value", "low", "high"), interval, strict=True))
 
 
 def perplexity(nll: float) -> float:

@@ -25,7 +25,7 @@ PACKAGES = ("jet-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "lm_eva
 def console() -> Console:
     """A console; a file or a pipe has room."""
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=120)
+    return found if found.is_terminal else Console(highlight=False, width=150)
 
 
 @contextlib.contextmanager
@@ -110,6 +110,7 @@ def _table(title: str, results: Mapping[str, Any], is_percent: bool) -> Table:
         fill("by token", lambda m, _: _percent(m.get("accuracy_norm")))
         fill("loss", lambda m, _: f"{m['loss']:.3f}")
     fill("model minus this", lambda _, d: _estimate(d, is_percent, "+") if d else "")
+    fill("loss minus this", lambda _, d: _estimate(d["loss"], False, "+") if "loss" in d else "")
     fill("McNemar p", lambda _, d: f"{d['p_value']:.2g}" if "p_value" in d else "")
     fill("KL", lambda m, _: f"{m['kl']:.4f}" if "kl" in m else "")
     fill("agree", lambda m, _: _percent(m.get("agreement")))
@@ -127,7 +128,7 @@ def _percent(share: float | None) -> str:
 
 
 def _estimate(figures: Mapping[str, float], is_percent: bool, sign: str = "") -> str:
-    scale, form = (100, f"{sign}.1f") if is_percent else (1, f"{sign}.4f")
+    scale, form = (100, f"{sign}.1f") if is_percent else (1, f"{sign}.3f")
     value, low, high = (format(scale * figures[key], form) for key in ("value", "low", "high"))
     return f"{value} \\[{low}, {high}]"  # rich reads a bare bracket as a style
 

@@ -113,6 +113,10 @@ def test_choices_are_tested_by_question(report, folder):
     for name in ("teacher", "no_linear"):
         test = statistics.mcnemar(correct["model"], correct[name])
         assert result["differences"][name].items() >= test._asdict().items()
+        losses = [result["models"][n]["loss"] for n in ("model", name)]
+        assert result["differences"][name]["loss"]["value"] == pytest.approx(
+            losses[0] - losses[1], rel=1e-4, abs=1e-6
+        )
 
 
 def test_the_report_says_what_ran_where(report, folder):
