@@ -23,7 +23,18 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from jet_jax import data, io, loss_curve, metrics, optim, params, processes, sharding, step
+from jet_jax import (
+    command_line,
+    data,
+    io,
+    loss_curve,
+    metrics,
+    optim,
+    params,
+    processes,
+    sharding,
+    step,
+)
 from jet_jax.config import ModelConfig
 from jet_jax.progress import Display, closing_words, parameter_table
 from jet_jax.stopping import StopRequest
@@ -199,12 +210,6 @@ def loop(run: Run) -> bool:
     return not stopping or recorded == last
 
 
-def default_workdir(flag):
-    """`runs/quickstart` for `configs/quickstart.py`, `runs/quickstart-smoke` for its `:smoke`."""
-    path, _, variant = config_flags.get_config_filename(flag).partition(":")
-    return f"runs/{Path(path).stem}" + (f"-{Path(variant).name}" if variant else "")
-
-
 def main(argv):
     """Reads the settings, trains, and says where the results are."""
     if len(argv) > 1:
@@ -212,7 +217,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax tells much at each checkpoint
     try:
         config = TrainConfig.from_dict(_CONFIG.value.to_dict())
-        run = prepare(config, Path(_WORKDIR.value or default_workdir(flags.FLAGS["config"])))
+        run = prepare(config, Path(_WORKDIR.value or command_line.default_workdir()))
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
     with jax.set_mesh(run.mesh), run.stack:
@@ -223,26 +228,6 @@ def main(argv):
         print(closing_words(run.workdir, finished, curve, prompt))
 
 
-def parse_flags(argv):
-    """Parses the command line; what is wrong with it is an error of one line."""
-    try:
-        rest = flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:
-        message = error
-        while isinstance(message, Exception):  # ml_collections wraps one in another
-            message = message.args[0]
-        sys.exit(f"train.py: error: no setting {' '.join(str(message).split())}")
-    except flags.Error as error:
-        *before, last = str(error).strip().splitlines()
-        if before and not last.strip().startswith("ValueError: "):
-            raise  # a mistake inside the config file, whose place the traceback tells
-        sys.exit(f"train.py: error: {last.strip().removeprefix('ValueError: ')}")
-    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    if not Path(path).is_file():
-        sys.exit(f"train.py: error: no config file {path}; the current folder is {Path.cwd()}")
-    return rest
-
-
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=command_line.parser("train.py"))

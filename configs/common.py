@@ -19,15 +19,16 @@ from jet_jax.train_config import DistributedConfig, MeshConfig, TrainConfig
 
 def defaults() -> Any:
     """A `ConfigDict` of all settings but the model; blanks are placeholders of the right type."""
-    config = _fields(TrainConfig, leave_out=("model", "data", "optim", "mesh", "distributed"))
-    config.data = _fields(DataConfig)
-    config.optim = _fields(OptimConfig)
-    config.mesh = _fields(MeshConfig)
-    config.distributed = _fields(DistributedConfig)
+    config = fields(TrainConfig, leave_out=("model", "data", "optim", "mesh", "distributed"))
+    config.data = fields(DataConfig)
+    config.optim = fields(OptimConfig)
+    config.mesh = fields(MeshConfig)
+    config.distributed = fields(DistributedConfig)
     return config
 
 
-def _fields(section: type, leave_out: tuple[str, ...] = ()) -> ConfigDict:
+def fields(section: type, leave_out: tuple[str, ...] = ()) -> ConfigDict:
+    """The settings of one dataclass with their defaults."""
     hints = typing.get_type_hints(section)
     config = ConfigDict()
     for field in dataclasses.fields(section):

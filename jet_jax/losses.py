@@ -94,6 +94,44 @@ def token_logprobs(
     return _join(out, hidden.shape[1])
 
 
+def token_kl(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D E"],
+    teacher_hidden: Float[Array, "B T C"],
+    teacher_head: Float[Array, "C E"],
+    *,
+    max_logits: int = MAX_LOGITS,
+) -> Float[Array, "B T"]:
+    """Computes KL(teacher || student) of the next-token distributions, in nats, float32.
+
+    Args:
+      hidden: the student's output of the final norm.
+      head: its head matrix; cast to `hidden.dtype` for the product.
+      teacher_hidden: the teacher's; gets no gradient.
+      teacher_head: the teacher's head matrix; gets no gradient.
+      max_logits: logits that a chunk may hold on one device.
+
+    Returns:
+      One number a position, at least 0 up to rounding, and exactly 0 where the two models are the
+      same arrays. Differentiable, recomputing logits chunk by chunk.
+    """
+    shards = current_batch_shards(hidden.shape[0])
+    chunk = _chunk_length(hidden.shape, head.shape[1], shards, max_logits)
+    head = constrain(head.astype(hidden.dtype), "de")
+    teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
+    teacher_head = constrain(teacher_head.astype(teacher_hidden.dtype), "de")
+
+    @jax.checkpoint
+    def one(args):
+        student, teacher = args
+        log_q = jax.nn.log_softmax(_logits(student, head))
+        log_p = jax.nn.log_softmax(_logits(teacher, teacher_head))
+        return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+    out = jax.lax.map(one, tuple(_split(x, chunk, shards) for x in (hidden, teacher_hidden)))
+    return _join(out, hidden.shape[1])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _summed_loss(hidden, head, targets, mask, z_loss, chunk, shards):
     head = constrain(head.astype(hidden.dtype), "de")  # gathered here, once

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class TrainCheckpoints:
             step,
             args=ocp.args.Composite(
                 params=ocp.args.PyTreeSave(flatten(state.all_params())),
-                opt_state=ocp.args.PyTreeSave(_flat(state.opt_state)),
+                opt_state=ocp.args.PyTreeSave(flat_leaves(state.opt_state)),
                 data=grain.checkpoint.CheckpointSave(data),
                 config=ocp.args.JsonSave({"model": model.to_dict(), "run": dict(run)}),
             ),
@@ -134,12 +134,16 @@ class TrainCheckpoints:
         """
         step = self.latest
         assert step is not None
-        params = _restore(self.directory / str(step) / "params", flatten(state.all_params()), mesh)
+        params = restore_arrays(
+            self.directory / str(step) / "params", flatten(state.all_params()), mesh
+        )
         trainable, frozen = optim.partition(unflatten(params), freeze)
-        opt_state = _restore(self.directory / str(step) / "opt_state", _flat(state.opt_state), mesh)
+        opt_state = restore_arrays(
+            self.directory / str(step) / "opt_state", flat_leaves(state.opt_state), mesh
+        )
         leaves, structure = jax.tree_util.tree_flatten_with_path(state.opt_state)
         opt_state = structure.unflatten([opt_state[sharding.dotted(path)] for path, _ in leaves])
-        note = _restore_data(self.directory / str(step) / "data", data)
+        note = restore_data(self.directory / str(step) / "data", data)
         count = jax.device_put(jnp.asarray(step, jnp.int32), sharding.replicated(mesh))
         return TrainState(count, trainable, frozen, opt_state), note
 
@@ -171,13 +175,29 @@ def _differences(there: ModelConfig, here: ModelConfig) -> str:
     )
 
 
-def _flat(tree: PyTree) -> dict[str, Any]:
+def flat_leaves(tree: PyTree) -> dict[str, Any]:
     """A tree's leaves by dotted path, `mu.layers.3.mixer…` for a moment."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {sharding.dotted(path): x for path, x in leaves}
 
 
-def _restore(directory: Path, wanted: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+def restore_arrays(
+    directory: Path,
+    wanted: dict[str, Any],
+    mesh: Mesh,
+    shardings: Callable[[Any, Mesh], Any] = sharding.shardings,
+) -> dict[str, Any]:
+    """Reads a flat item whose arrays must be those wanted.
+
+    Args:
+      directory: of the item.
+      wanted: `ShapeDtypeStruct`s by dotted path.
+      mesh: the mesh to put the arrays on.
+      shardings: gives each array its place.
+
+    Raises:
+      ValueError: names or shapes differ.
+    """
     handler = ocp.PyTreeCheckpointHandler()
     saved = handler.metadata(epath.Path(directory)).tree
     differences = [
@@ -192,7 +212,7 @@ def _restore(directory: Path, wanted: dict[str, Any], mesh: Mesh) -> dict[str, A
             "The optimizer's kind and optim.freeze must stay as they were; to train on with other "
             "ones, start a new workdir with init_from=OLD_WORKDIR."
         )
-    where = sharding.shardings(wanted, mesh)
+    where = shardings(wanted, mesh)
     with ocp.Checkpointer(handler) as checkpointer:
         return checkpointer.restore(
             directory,
@@ -210,7 +230,8 @@ def _shape(x: Any) -> str:
     return "absent" if x is None else str(tuple(x.shape))
 
 
-def _restore_data(directory: Path, data: TrainIterator) -> str:
+def restore_data(directory: Path, data: TrainIterator) -> str:
+    """Moves the data to its saved place; a sentence where that cannot be exact, else ""."""
     processes = jax.process_count()
     place = load_state(directory, jax.process_index(), processes)
     if place["process_count"] == processes:

@@ -29,10 +29,13 @@ HIGHEST = jax.lax.Precision.HIGHEST  # float32 that is not TF32
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NormalEquations:
-    """The sums XᵀX [F, F] and XᵀY [F, D], float32. A pytree; all of it works under vmap."""
+    """The sums XᵀX [F, F] and XᵀY [F, D], float32. A pytree; all of it works under vmap.
 
-    gram: Float[Array, "F F"]
-    moment: Float[Array, "F D"]
+    Outside of vmap, those of stacked layers have an axis before these.
+    """
+
+    gram: Float[Array, "*L F F"]
+    moment: Float[Array, "*L F D"]
 
     @classmethod
     def zeros(cls, features: int, outputs: int) -> NormalEquations:

@@ -1,0 +1,50 @@
+"""The settings of `search.py` with their defaults, for config files to start from."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.common import fields
+from jet_jax.data import DataConfig
+from jet_jax.optim import OptimConfig
+from jet_jax.postnas.paths import PathLaw
+from jet_jax.postnas.search_config import (
+    LinearConfig,
+    ObjectiveConfig,
+    PlacementConfig,
+    SearchConfig,
+    StageConfig,
+    SupernetConfig,
+)
+from jet_jax.postnas.training import PathLoss
+from jet_jax.train_config import DistributedConfig, MeshConfig
+
+
+def defaults() -> Any:
+    """A `ConfigDict` of all settings; `objective` adds what to search by."""
+    sections = ("data", "linear", "align", "supernet", "placement", "mesh", "distributed")
+    config = fields(SearchConfig, leave_out=sections)
+    config.data = fields(DataConfig)
+    config.linear = fields(LinearConfig, leave_out=("options",))
+    config.linear.options = ConfigDict()
+    config.align = fields(StageConfig, leave_out=("optim",))
+    config.supernet = fields(SupernetConfig, leave_out=("optim", "law", "loss"))
+    config.supernet.law = fields(PathLaw)
+    config.supernet.loss = fields(PathLoss)
+    for stage in (config.align, config.supernet):
+        stage.optim = fields(OptimConfig)
+        stage.optim.weight_decay = 0.0
+    config.placement = fields(PlacementConfig, leave_out=("objectives",))
+    config.placement.objectives = ConfigDict()
+    config.mesh = fields(MeshConfig)
+    config.distributed = fields(DistributedConfig)
+    return config
+
+
+def objective(task: str, **changes: Any) -> ConfigDict:
+    """An objective with all of its settings."""
+    out = fields(ObjectiveConfig)
+    out.task = task
+    for name, value in changes.items():
+        out[name] = value
+    return out

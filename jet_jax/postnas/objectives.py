@@ -1,0 +1,119 @@
+"""What a search looks at: rows, one figure of them, and the gate that the teacher must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jet_jax.evaluation.rows import Rows
+
+# Figure -> whether more is better. Figures by position are written "kl@512-2047".
+FIGURES = {
+    "accuracy": True,
+    "accuracy_norm": True,
+    "loss": False,
+    "choice_loss": False,
+    "nll": False,
+    "kl": False,
+    "agree": True,
+}
+PER_QUESTION = {"accuracy": "correct", "accuracy_norm": "correct_norm"}
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """One thing to search by.
+
+    Attributes:
+      name: for tables and files.
+      rows: the items, of the split "search".
+      figure: of `FIGURES`; `accuracy`, `accuracy_norm`, `loss` and `choice_loss` are a question's,
+        `nll`, `kl` and `agree` a token's, the latter two against the teacher. A token's may name
+        positions: `kl@512-2047`.
+      gate: what the teacher must reach in `figure` (at least, or at most where less is better) for
+        the task to say anything; None for no gate. KL has none: the teacher's is 0.
+    """
+
+    name: str
+    rows: Rows
+    figure: str
+    gate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.figure.partition("@")[0] not in FIGURES:
+            raise ValueError(
+                f"objective {self.name}: figure {self.figure!r} is unknown; use one of "
+                f"{', '.join(FIGURES)}, a token's with positions as in kl@512-2047"
+            )
+        if self.rows.num_items == 0:
+            raise ValueError(f"objective {self.name}: there are no items; give it data")
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether a higher figure is a better one."""
+        return FIGURES[self.figure.partition("@")[0]]
+
+    def value(self, results: Mapping[str, Any]) -> float:
+        """The figure among the results of one path.
+
+        Args:
+          results: what `summarise` gives, with `buckets`.
+
+        Raises:
+          ValueError: the rows have none of it, such as no token at these positions.
+        """
+        figure, _, where = self.figure.partition("@")
+        if where or figure in ("nll", "kl", "agree"):
+            buckets = results["buckets"]
+            if (where or "all") not in buckets:
+                raise ValueError(
+                    f"objective {self.name}: no token at positions {where}; there are "
+                    f"{', '.join(buckets)}"
+                )
+            return float(buckets[where or "all"][figure])
+        if figure not in results:
+            raise ValueError(
+                f"objective {self.name}: these rows have no {figure}; they hold "
+                f"{'choices' if self.rows.has_choices else 'free answers, not choices'}"
+            )
+        return float(results[figure])
+
+    def score(self, results: Mapping[str, Any]) -> float:
+        """The figure with the sign that makes more better."""
+        value = self.value(results)
+        return value if self.more_is_better else -value
+
+    def questions(self, results: Mapping[str, Any]) -> np.ndarray | None:
+        """Scores question by question, for paired errors; None for a token's figure."""
+        per_question = results["per_question"]
+        name = PER_QUESTION.get(self.figure, self.figure)
+        if name not in per_question:
+            return None
+        values = np.asarray(per_question[name], np.float64)
+        return values if self.more_is_better else -values
+
+    def check_gate(self, teacher: Mapping[str, Any]) -> None:
+        """Raises ValueError if the teacher's figure does not pass the gate."""
+        if self.gate is None:
+            return
+        value = self.value(teacher)
+        if (value < self.gate) if self.more_is_better else (value > self.gate):
+            wanted = "at least" if self.more_is_better else "at most"
+            raise ValueError(
+                f"objective {self.name}: the teacher's {self.figure} is {value:.3f} and should be "
+                f"{wanted} {self.gate:g}, else the task says nothing about its layers; make it "
+                "easier, or search by another objective"
+            )
+
+
+def check_objectives(objectives: Sequence[Objective]) -> None:
+    """Raises ValueError for no objective, or two of one name."""
+    names = [objective.name for objective in objectives]
+    if not names:
+        raise ValueError("there is no objective to search by; name at least one")
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise ValueError(f"two objectives are called {double[0]!r}; names are to differ")

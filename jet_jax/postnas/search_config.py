@@ -1,0 +1,244 @@
+"""The settings of a search: one frozen dataclass, made once from a config file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jet_jax.config import DTYPES
+from jet_jax.data.config import DataConfig
+from jet_jax.io import tokenizer_dir
+from jet_jax.mixer_options import build
+from jet_jax.optim import OptimConfig
+from jet_jax.postnas.inherit import INITS
+from jet_jax.postnas.objectives import FIGURES
+from jet_jax.postnas.paths import PathLaw
+from jet_jax.postnas.training import PathLoss
+from jet_jax.train_config import DistributedConfig, MeshConfig
+
+SELECTORS = ("beam", "single", "kl_greedy", "halo_ratio", "uniform", "random", "given")
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """The linear path of the supernet.
+
+    Attributes:
+      kind: layer type.
+      options: its options; empty takes those that match the attention's heads.
+      init: `random`, `copy` or `copy_refit`.
+      refit_batches: batches that `copy_refit` fits on.
+    """
+
+    kind: str = "gla"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    init: str = "copy_refit"
+    refit_batches: int = 4
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise ValueError(f"linear.init={self.init!r} is unknown; use {', '.join(INITS)}")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage: its optimizer and length; 0 steps leave it out."""
+
+    steps: int = 0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class SupernetConfig:
+    """Training on sampled paths.
+
+    Attributes:
+      steps: optimizer updates; 0 leaves the stage out.
+      optim: optimizer and schedule.
+      law: how paths are drawn.
+      loss: what they are trained on.
+      train_full: whether the attention of active full layers trains too, as the paper draws it.
+      full_lr: its learning-rate factor.
+      accumulation: parts that a batch is worked off in.
+    """
+
+    steps: int = 0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    law: PathLaw = field(default_factory=PathLaw)
+    loss: PathLoss = field(default_factory=PathLoss)
+    train_full: bool = False
+    full_lr: float = 0.1
+    accumulation: int = 1
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """One objective.
+
+    Attributes:
+      task: a name of `jet_jax.evaluation.tasks`, or a .jsonl file.
+      figure: what of it counts, see `objectives.FIGURES`; `kl@512-2047` names positions.
+      gate: what the teacher must reach; None for none.
+      length: tokens of a row; None takes the task's own.
+      items: texts or questions; None takes the task's own number.
+      documents: files of text that the task needs or fills its rows with.
+      seed: of generated texts.
+    """
+
+    task: str
+    figure: str = "accuracy"
+    gate: float | None = None
+    length: int | None = None
+    items: int | None = None
+    documents: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "documents", tuple(self.documents))
+        if self.figure.partition("@")[0] not in FIGURES:
+            raise ValueError(
+                f"figure {self.figure!r} of task {self.task!r} is unknown; use {', '.join(FIGURES)}"
+            )
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Where attention stays.
+
+    Attributes:
+      objectives: name -> `ObjectiveConfig`.
+      full: full-attention layers to place; `full_by` names the objective.
+      full_by: "" takes the first objective.
+      windows: sliding-window layers to place on the rest; `window_by` names the objective.
+      window_by: "" takes the last objective.
+      window: tokens that they see; None takes the teacher's own.
+      selector: of `SELECTORS`.
+      beam_width: sets that a beam keeps.
+      offset: of `uniform`.
+      layers: of `given`.
+      general: objective that `halo_ratio` weighs against.
+      curve: numbers of full layers for the learned-against-uniform curve.
+      batch_size: rows at a time.
+      chunk: candidates a call.
+    """
+
+    objectives: Any
+    full: int = 2
+    full_by: str = ""
+    windows: int = 0
+    window_by: str = ""
+    window: int | None = None
+    selector: str = "beam"
+    beam_width: int = 8
+    offset: int = 0
+    layers: tuple[int, ...] = ()
+    general: str = ""
+    curve: tuple[int, ...] = ()
+    batch_size: int = 8
+    chunk: int = 16
+
+    def __post_init__(self) -> None:
+        named = {
+            name: x if isinstance(x, ObjectiveConfig)
+            else build(ObjectiveConfig, dict(x), f"placement.objectives.{name}")
+            for name, x in dict(self.objectives).items()
+        }  # fmt: skip
+        if not named:
+            raise ValueError("placement.objectives is empty; name at least one")
+        object.__setattr__(self, "objectives", named)
+        for name in ("layers", "curve"):
+            object.__setattr__(self, name, tuple(int(x) for x in getattr(self, name)))
+        if self.selector not in SELECTORS:
+            raise ValueError(
+                f"placement.selector={self.selector!r} is unknown; use {', '.join(SELECTORS)}"
+            )
+        first, last = next(iter(named)), list(named)[-1]
+        object.__setattr__(self, "full_by", self.full_by or first)
+        object.__setattr__(self, "window_by", self.window_by or last)
+        asked = {"full_by": self.full_by, "window_by": self.window_by}
+        if self.selector == "halo_ratio":
+            asked["general"] = self.general
+        for setting, name in asked.items():
+            if name not in named:
+                raise ValueError(
+                    f"placement.{setting}={name!r} is no objective; there are {', '.join(named)}"
+                )
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Everything that `search.py` does, beyond where it writes.
+
+    Attributes:
+      teacher: directory of the model to convert.
+      data: text that the stages train on.
+      linear: the linear path.
+      align: the teacher-forced stage.
+      supernet: the sampled paths.
+      placement: where attention stays.
+      mesh: device mesh.
+      distributed: processes.
+      seed: of new weights and of the paths.
+      dtype: compute dtype; None takes the teacher's own.
+      log_every: steps between records.
+      checkpoint_every: steps between checkpoints; 0 for none but the last.
+      compile_cache: folder of compiled programs; empty for none.
+    """
+
+    teacher: str
+    data: DataConfig
+    placement: PlacementConfig
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    align: StageConfig = field(default_factory=StageConfig)
+    supernet: SupernetConfig = field(default_factory=SupernetConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    seed: int = 0
+    dtype: str | None = None
+    log_every: int = 10
+    checkpoint_every: int = 0
+    compile_cache: str = "~/.cache/jet_jax"
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise ValueError("teacher is not set; give the directory of the model to convert")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown; use {' or '.join(DTYPES)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SearchConfig:
+        """Builds the settings from plain nested values, as a config file gives them.
+
+        Raises:
+          ValueError: an unknown key (with the nearest known one), a missing one, or values that
+            do not fit.
+        """
+        values = dict(values)
+        if values.get("teacher") and isinstance(values.get("data"), Mapping):
+            own = None if values["data"].get("tokenizer") else tokenizer_dir(values["teacher"])
+            values["data"] = {**values["data"], **({"tokenizer": str(own)} if own else {})}
+        sections = {
+            "data": DataConfig,
+            "linear": LinearConfig,
+            "align": StageConfig,
+            "supernet": SupernetConfig,
+            "placement": PlacementConfig,
+            "mesh": MeshConfig,
+            "distributed": DistributedConfig,
+        }
+        inner = {"optim": OptimConfig, "law": PathLaw, "loss": PathLoss}
+        for name, section in sections.items():
+            if not isinstance(values.get(name), Mapping):
+                continue
+            part = dict(values[name])
+            for key, kind in inner.items():
+                if isinstance(part.get(key), Mapping):
+                    part[key] = build(kind, dict(part[key]), f"{name}.{key}")
+            values[name] = build(section, part, name)
+        return build(cls, values, "the config")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-safe dict of all settings."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,288 @@
+"""The two training steps of a supernet: teacher-forced alignment, then sampled paths.
+
+`make_align_step`: every layer's linear path reads the teacher's own input and learns to give the
+attention's output. Layers do not disturb each other, each gets a gradient at every token, and
+nothing has to be differentiated through MLPs. (What cheap conversions begin with: RADLADS, arXiv
+2505.03005; arXiv 2512.20569; LoLCATs, arXiv 2410.10254. PostNAS does not print such a stage.)
+
+`make_path_step`: PostNAS's own. A path drawn from the step runs on its own stream, and the loss
+compares each attention sublayer's output with the teacher's, and the next-token distributions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jet_jax import losses, sharding
+from jet_jax.postnas import supernet
+from jet_jax.postnas.path_optim import PathOptimizer
+from jet_jax.postnas.paths import LINEAR, PathLaw, sample_path
+from jet_jax.postnas.supernet import Supernet
+from jet_jax.step import Batch, Metrics, TrainState
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+@dataclass(frozen=True)
+class PathLoss:
+    """What a sampled path is trained on.
+
+    Attributes:
+      mse: weight of the mean over layers of the squared error of the attention sublayer's output
+        (after its output projection, before the residual), over that layer's teacher variance.
+      kl: weight of the mean KL(teacher || student) of the next token, in nats; 0 is the paper's
+        figure, which draws the squared error alone.
+      normalise: whether the squared error is divided by the teacher's variance.
+    """
+
+    mse: float = 1.0
+    kl: float = 1.0
+    normalise: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mse < 0 or self.kl < 0 or self.mse + self.kl == 0:
+            raise ValueError(f"loss weights mse={self.mse}, kl={self.kl}: one must be positive")
+
+
+def output_error(
+    output: Float[Array, "B T D"],
+    target: Float[Array, "B T D"],
+    mask: Float[Array, "B T"],
+    normalise: bool = True,
+) -> Float[Array, ""]:
+    """Mean squared error over the real tokens, over the target's variance.
+
+    Args:
+      output: a mixer's output.
+      target: the teacher's; gets no gradient.
+      mask: 1 for real tokens.
+      normalise: whether to divide by the variance, of this batch.
+    """
+    weight = mask[..., None] / jnp.maximum(mask.sum() * output.shape[-1], 1.0)
+    target = jax.lax.stop_gradient(target).astype(jnp.float32)
+    error = (weight * (output.astype(jnp.float32) - target) ** 2).sum()
+    if not normalise:
+        return error
+    mean = (weight * target).sum()
+    return error / jnp.maximum((weight * (target - mean) ** 2).sum(), 1e-12)
+
+
+def token_mask(batch: Batch) -> Float[Array, "B T"]:
+    """1 for the tokens of a batch that are real."""
+    return (jnp.asarray(batch["segment_ids"]) != 0).astype(jnp.float32)
+
+
+def align_errors(
+    net: Supernet, params: Mapping[str, Any], batch: Batch, with_grads: bool = True
+) -> tuple[Float[Array, " L"], Any]:
+    """Errors of all linear paths on the teacher's own stream, and each layer's gradient.
+
+    Args:
+      net: the supernet.
+      params: its weights.
+      batch: `tokens`, `segment_ids`, `positions` [B, T].
+      with_grads: whether the gradients are wanted.
+
+    Returns:
+      `output_error` of each layer, and the gradients of `params["linear"]` (None without).
+    """
+    ctx = net.context(batch["tokens"], batch["segment_ids"], batch["positions"])
+    mask = token_mask(batch)
+    dtype = jnp.dtype(net.config.dtype)
+
+    def body(x, xs):
+        choice, weights, linear = xs
+        block = net.layer(weights)
+        h = block.input_layernorm(x)
+        target = net.mix(choice, weights, h, ctx)
+
+        def error(linear):
+            cast = supernet.cast_params({"linear": linear}, dtype)
+            return output_error(net.mix(LINEAR, cast, h, ctx), target, mask)
+
+        result = jax.value_and_grad(error)(linear) if with_grads else (error(linear), None)
+        x = x + target
+        return x + block.mlp(block.post_attention_layernorm(x)), result
+
+    weights = net.per_layer(params, dtype)
+    xs = (jnp.asarray(net.teacher_path), weights, params["linear"])
+    return jax.lax.scan(body, net.embed(params, batch["tokens"]), xs)[1]
+
+
+def path_loss(
+    net: Supernet, params: Mapping[str, Any], path: Any, batch: Batch, loss: PathLoss
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of one path on its own stream.
+
+    Returns:
+      The weighted sum, and `mse` (mean over layers) and `kl` (nats a token) on their own.
+    """
+    mask = token_mask(batch)
+    where = batch["tokens"], batch["segment_ids"], batch["positions"]
+
+    def output(mixed, _):
+        return mixed
+
+    def error(mixed, target):
+        return output_error(mixed, target, mask, loss.normalise)
+
+    frozen = jax.lax.stop_gradient({k: v for k, v in params.items() if k != "full"})
+    reference, targets = net.run(frozen, jnp.asarray(net.teacher_path), *where, each=output)
+    hidden, errors = net.run(params, path, *where, each=error, targets=targets)
+    head = net.head_kernel(frozen)
+    mse, kl = errors.mean(), jnp.zeros(())
+    if loss.kl:
+        kl = losses.token_kl(hidden, head, reference, head)
+        kl = (kl * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+    return loss.mse * mse + loss.kl * kl, {"mse": mse, "kl": kl}
+
+
+def init_state(params: Mapping[str, Any], optimizer: PathOptimizer) -> TrainState:
+    """The state of a run that has done no step; "linear" and "full" train, "teacher" does not."""
+    trainable = {k: v for k, v in params.items() if k != "teacher"}
+    frozen = {"teacher": params["teacher"]}
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+
+
+def make_align_step(net: Supernet, optimizer: PathOptimizer, state: TrainState, mesh: Mesh) -> Step:
+    """Builds the jitted alignment step, `step(state, batch) -> (state, metrics)`.
+
+    Args:
+      net: the supernet.
+      optimizer: for the group "linear".
+      state: the state or its shapes.
+      mesh: the mesh; the caller keeps `jax.set_mesh(mesh)` in force.
+
+    Returns:
+      The step; the old state's buffers are donated, but for the teacher's. Metrics: `loss` (mean
+      of the layers' errors), `errors` [L], `grad_norm`, `lr`.
+    """
+
+    def align(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        errors, grads = align_errors(net, {**state.params, **state.frozen}, batch)
+        active = {"linear": jnp.ones(net.num_layers, bool)}
+        metrics = {"loss": errors.mean(), "errors": errors}
+        return _updated(state, {"linear": grads}, optimizer, active, metrics)
+
+    return _jit(align, state, mesh)
+
+
+def make_path_step(
+    net: Supernet,
+    optimizer: PathOptimizer,
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    law: PathLaw,
+    loss: PathLoss,
+    seed: int,
+    accumulation: int = 1,
+) -> Step:
+    """Builds the jitted step on one sampled path, `step(state, batch) -> (state, metrics)`.
+
+    The path follows from the seed and the step alone, so it is the same on every device, in every
+    micro-batch and after a resume.
+
+    Args:
+      net: the supernet.
+      optimizer: for "linear" and, where it trains, "full".
+      state: the state or its shapes.
+      mesh: the mesh; the caller keeps `jax.set_mesh(mesh)` in force.
+      law: how paths are drawn.
+      loss: what they are trained on.
+      seed: of the paths.
+      accumulation: equal parts that a batch is worked off in, to save memory.
+
+    Returns:
+      The step; the old state's buffers are donated, but for the teacher's. Metrics: `loss`,
+      `mse`, `kl`, `grad_norm`, `lr`, `kept` (layers of the path that are not linear), `path` [L].
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        path = sample_path(law, key, jnp.asarray(net.teacher_path))
+
+        def total(params, part):
+            return path_loss(net, {**params, **state.frozen}, path, part, loss)
+
+        def one(carry, part):
+            (value, sums), grads = jax.value_and_grad(total, has_aux=True)(state.params, part)
+            out = (grads, {"loss": value, **sums})
+            return jax.tree.map(lambda a, b: a + b / accumulation, carry, out), None
+
+        names = ("loss", "mse", "kl")
+        zero = jax.tree.map(jnp.zeros_like, state.params), {n: jnp.zeros(()) for n in names}
+        if accumulation == 1:
+            grads, metrics = one(zero, batch)[0]
+        else:
+            (grads, metrics), _ = jax.lax.scan(one, zero, _parts(batch, accumulation))
+        kept = path != LINEAR
+        active = {"linear": ~kept, "full": kept}
+        metrics = metrics | {"kept": kept.sum(), "path": path}
+        return _updated(state, grads, optimizer, active, metrics)
+
+    return _jit(step, state, mesh)
+
+
+def _updated(state, grads, optimizer, active, metrics):
+    metrics = metrics | {
+        "grad_norm": optax.tree.norm(grads),
+        "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32),
+    }
+    trained = {name: state.params[name] for name in grads}
+    old = {name: state.opt_state[name] for name in grads}
+    params, opt_state = optimizer.update(grads, old, trained, active, state.step)
+    params = state.params | params
+    opt_state = state.opt_state | opt_state
+    return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+
+
+def _jit(step: Step, state: TrainState, mesh: Mesh) -> Step:
+    """Compiles a step that donates what trains and leaves the teacher's weights to their owner."""
+
+    def run(moving, frozen, batch):
+        new, metrics = step(TrainState(*moving[:2], frozen, moving[2]), batch)
+        return (new.step, new.params, new.opt_state), metrics
+
+    moving = supernet.shardings((state.step, state.params, state.opt_state), mesh)
+    jitted = jax.jit(
+        run,
+        in_shardings=(
+            moving,
+            supernet.shardings(state.frozen, mesh),
+            sharding.batch_sharding(mesh),
+        ),
+        out_shardings=(moving, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    @functools.wraps(jitted)
+    def call(state, batch):
+        moving = (state.step, state.params, state.opt_state)
+        moving, metrics = jitted(moving, state.frozen, batch)
+        return TrainState(*moving[:2], state.frozen, moving[2]), metrics
+
+    return call
+
+
+def _parts(batch: Batch, count: int) -> Batch:
+    """A batch in equal parts: row i goes to part i mod count, so that each is spread evenly."""
+
+    def one(x):
+        x = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+        mesh = jax.sharding.get_abstract_mesh()
+        spec = sharding.P(None, sharding.BATCH_AXES)
+        return (
+            x if mesh.empty else jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, spec))
+        )
+
+    return jax.tree.map(one, batch)
