@@ -25,7 +25,9 @@ from jet_jax.postnas.stages import STAGES, Search
 from jet_jax.progress import Display
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings.", lock_config=True)
-_STAGE = flags.DEFINE_enum("stage", None, STAGES, "Runs this stage alone, again if it is done.")
+_STAGE = flags.DEFINE_enum(
+    "stage", None, STAGES, "Runs this stage alone; later ones are to be run anew."
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -51,7 +53,7 @@ def run(search: Search, only: str | None) -> None:
         f"layers and {teacher.param_count():,} parameters, linear path {search.net.kind}"
     )
     for stage in [only] if only else STAGES:
-        if search.is_done(stage) and not only:
+        if search.is_done(stage) and not only and stage != "report":
             display.say(f"{stage}: done before")
             continue
         start = time.perf_counter()

@@ -33,7 +33,7 @@ def get_config(arg=""):
     config.supernet.steps = 610
     config.supernet.optim.lr = 5e-4
     config.supernet.optim.warmup_steps = 30
-    config.placement.objectives.retrieval = objective("mqar", length=512, items=128, gate=0.5)
+    config.placement.objectives.retrieval = objective("mqar", length=512, num_items=128, gate=0.5)
     config.placement.objectives.text = objective(
         "perplexity", figure="kl", length=1024, documents=(str(DATA / "valid.jsonl"),)
     )
@@ -49,7 +49,7 @@ def get_config(arg=""):
         for stage in (config.align, config.supernet):
             stage.steps = 4
             stage.optim.warmup_steps = 1
-        config.placement.objectives.retrieval.items = 4
+        config.placement.objectives.retrieval.num_items = 4
         config.placement.objectives.retrieval.gate = None
         config.placement.objectives.text.length = 128
         config.placement.selector = "single"

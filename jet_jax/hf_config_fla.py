@@ -96,6 +96,8 @@ def read_fla(v: Values) -> ModelConfig:
         v.values["intermediate_size"] = _mlp_width(hidden, v.need("hidden_ratio"))
     options = {key: v.get(key) for key in model.keys if v.get(key) is not None}
     options["norm_eps"] = float(v.need("norm_eps"))
+    if "use_output_gate" in model.keys and v.get("hidden_act"):
+        options["gate_fn"] = v.get("hidden_act")  # which these blocks pass on to the layer
     mixers = {model.layer_type: OPTIONS[model.layer_type](**options)}
     kinds = [model.layer_type] * layers
     for kind, at, attention in _attention_layers(v, hidden):
@@ -176,7 +178,7 @@ def write_fla(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
-        "hidden_act": "swish",
+        "hidden_act": options.get("gate_fn", "swish"),
         "num_hidden_layers": config.num_layers,
         "norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,

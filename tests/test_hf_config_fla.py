@@ -97,3 +97,15 @@ def test_refused_by_name(model_type, changes, message):
     with pytest.raises(ValueError) as error:
         read(model_type, **changes)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["retnet", "gla"])
+def test_the_gates_activation_is_the_models(model_type):
+    """These blocks pass hidden_act on; only "swish" is fused with the norm."""
+    config = read(model_type, hidden_act="silu")
+    assert config.options(model_type).gate_fn == "silu"
+    norms = {name.split(".attn.")[1] for name in expected(config) if "g_norm" in name}
+    assert norms == {"g_norm.weight"}
+    written = config.replace(hf_json=None).to_hf()
+    assert written["hidden_act"] == "silu" and ModelConfig.from_hf(written) == config
+    assert read(model_type).options(model_type).gate_fn == "swish"

@@ -48,6 +48,8 @@ def recordings():
         for path in sorted(folder.glob("blocks_*.npz")):
             facts = json.loads(path.with_suffix(".json").read_text())
             found += [(path, name) for name in facts if not name.startswith("_")]
+        if not any(path.parent == folder for path, _ in found):
+            raise ValueError(f"no blocks_*.npz in {folder}, which JET_GOLDEN_DIR names")
     return found
 
 

@@ -20,6 +20,7 @@ FIGURES = {
     "kl": False,
     "agree": True,
 }
+OF_TOKENS, OF_CHOICES = ("nll", "kl", "agree"), ("accuracy_norm", "choice_loss")
 PER_QUESTION = {"accuracy": "correct", "accuracy_norm": "correct_norm"}
 
 
@@ -43,10 +44,17 @@ class Objective:
     gate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.figure.partition("@")[0] not in FIGURES:
+        figure, at, _ = self.figure.partition("@")
+        if figure not in FIGURES or (at and figure not in OF_TOKENS):
             raise ValueError(
                 f"objective {self.name}: figure {self.figure!r} is unknown; use one of "
-                f"{', '.join(FIGURES)}, a token's with positions as in kl@512-2047"
+                f"{', '.join(FIGURES)}, and of {', '.join(OF_TOKENS)} also with positions, as in "
+                "kl@512-2047"
+            )
+        if figure in OF_CHOICES and not self.rows.has_choices:
+            raise ValueError(
+                f"objective {self.name}: {figure} is a figure of questions with choices, and "
+                f"{self.rows.name} asks for free answers"
             )
         if self.rows.num_items == 0:
             raise ValueError(f"objective {self.name}: there are no items; give it data")
@@ -66,7 +74,7 @@ class Objective:
           ValueError: the rows have none of it, such as no token at these positions.
         """
         figure, _, where = self.figure.partition("@")
-        if where or figure in ("nll", "kl", "agree"):
+        if figure in OF_TOKENS:
             buckets = results["buckets"]
             if (where or "all") not in buckets:
                 raise ValueError(
@@ -74,11 +82,6 @@ class Objective:
                     f"{', '.join(buckets)}"
                 )
             return float(buckets[where or "all"][figure])
-        if figure not in results:
-            raise ValueError(
-                f"objective {self.name}: these rows have no {figure}; they hold "
-                f"{'choices' if self.rows.has_choices else 'free answers, not choices'}"
-            )
         return float(results[figure])
 
     def score(self, results: Mapping[str, Any]) -> float:

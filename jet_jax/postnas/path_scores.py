@@ -159,11 +159,13 @@ def _sums(net, edges, params, paths, batch, num_items):
     """Sums over the items and the position buckets of a batch: a leading axis of candidates."""
     tokens, segment_ids, positions = (batch[k] for k in ("tokens", "segment_ids", "positions"))
     head = net.head_kernel(params)
-    run = partial(net.run, params, tokens=tokens, segment_ids=segment_ids, positions=positions)
-    reference, _ = run(jnp.asarray(net.teacher_path))
+    run = partial(net.run, tokens=tokens, segment_ids=segment_ids, positions=positions)
+    # The teacher as it was, also where a copy of its attention has been trained.
+    untrained = {name: part for name, part in params.items() if name != "full"}
+    reference, _ = run(untrained, jnp.asarray(net.teacher_path))
 
     def one(path):
-        hidden, _ = run(path)
+        hidden, _ = run(params, path)
         scores = token_scores(hidden, head, batch["targets"], reference, head)
         answers = batch["answers"]
         return (

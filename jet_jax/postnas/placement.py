@@ -13,6 +13,7 @@ windows there (§3.1), here the objectives that the config names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,15 @@ class Placement:
             )
         if c.selector == "given":
             path_of(self.teacher, c.layers)
+            if len(c.layers) != c.full:
+                raise ValueError(
+                    f"placement.layers names {len(c.layers)} layers, but placement.full={c.full}"
+                )
+        if c.curve and c.selector in ("given", "uniform", "random"):
+            raise ValueError(
+                f"placement.curve compares what is searched with uniform placements; the selector "
+                f"{c.selector!r} searches nothing, so leave it empty"
+            )
         if c.selector == "uniform":
             selectors.uniform(layers, c.full, c.offset)
         if c.windows and not self.scorer.net.has_window:
@@ -77,10 +87,18 @@ class Placement:
             paths = [self.path(s, window_on) for s in sets]
             known = self.scorer(paths)
             return {
-                s: judge.score(known[tuple(path.tolist())][objective])
+                s: self._finite(
+                    judge.score(known[tuple(path.tolist())][objective]), path, objective
+                )
                 for s, path in zip(sets, paths, strict=True)
             }
 
+        return score
+
+    @staticmethod
+    def _finite(score: float, path: np.ndarray, objective: str) -> float:
+        if not math.isfinite(score):
+            raise FloatingPointError(f"objective {objective} is {score} on path {path.tolist()}")
         return score
 
     def path(self, layers: Layers, window_on: Layers | None = None) -> np.ndarray:
@@ -152,7 +170,7 @@ class Placement:
             "layers": list(layers),
             "scored": len(scores),
             "rank": ranked.index(layers) + 1,
-            "within_one_standard_error": [list(s) for s in tied],
+            "within_one_standard_error": tied and [list(s) for s in tied],
             "result": self.describe(self.path(layers, window_on)),
         }
 
@@ -196,6 +214,7 @@ class Placement:
         c, layers = self.config, self.scorer.net.num_layers
         gates = self.scorer.check_teacher()
         heat = self.heat_map()
+        curve = self.curve()  # first, so that the choice is ranked among the same sets after a stop
         full = self.choose(c.full, c.full_by)
         kept = tuple(full["layers"])
         windows = self.choose(c.windows, c.window_by, kept) if c.windows else None
@@ -207,7 +226,7 @@ class Placement:
             "heat_map": heat,
             "full": full,
             "windows": windows,
-            "curve": self.curve(),
+            "curve": curve,
             "path": path.tolist(),
             "layer_types": list(self.scorer.net.hybrid(path).layer_types),
             "result": self.describe(path),

@@ -11,7 +11,7 @@ from jet_jax.config import DTYPES
 from jet_jax.data.config import DataConfig
 from jet_jax.io import tokenizer_dir
 from jet_jax.mixer_options import build
-from jet_jax.optim import OptimConfig
+from jet_jax.optim import OptimConfig, make_schedule
 from jet_jax.postnas.inherit import INITS
 from jet_jax.postnas.objectives import FIGURES
 from jet_jax.postnas.paths import PathLaw
@@ -82,7 +82,7 @@ class ObjectiveConfig:
       figure: what of it counts, see `objectives.FIGURES`; `kl@512-2047` names positions.
       gate: what the teacher must reach; None for none.
       length: tokens of a row; None takes the task's own.
-      items: texts or questions; None takes the task's own number.
+      num_items: texts or questions; None takes the task's own number.
       documents: files of text that the task needs or fills its rows with.
       seed: of generated texts.
     """
@@ -91,7 +91,7 @@ class ObjectiveConfig:
     figure: str = "accuracy"
     gate: float | None = None
     length: int | None = None
-    items: int | None = None
+    num_items: int | None = None
     documents: tuple[str, ...] = ()
     seed: int = 0
 
@@ -110,9 +110,9 @@ class PlacementConfig:
     Attributes:
       objectives: name -> `ObjectiveConfig`.
       full: full-attention layers to place; `full_by` names the objective.
-      full_by: "" takes the first objective.
+      full_by: may be left out where there is one objective.
       windows: sliding-window layers to place on the rest; `window_by` names the objective.
-      window_by: "" takes the last objective.
+      window_by: may be left out where there is one objective, or no window.
       window: tokens that they see; None takes the teacher's own.
       selector: of `SELECTORS`.
       beam_width: sets that a beam keeps.
@@ -154,10 +154,16 @@ class PlacementConfig:
             raise ValueError(
                 f"placement.selector={self.selector!r} is unknown; use {', '.join(SELECTORS)}"
             )
-        first, last = next(iter(named)), list(named)[-1]
-        object.__setattr__(self, "full_by", self.full_by or first)
-        object.__setattr__(self, "window_by", self.window_by or last)
-        asked = {"full_by": self.full_by, "window_by": self.window_by}
+        least = {"full": 0, "windows": 0, "batch_size": 1, "chunk": 1, "beam_width": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"placement.{name}={getattr(self, name)} must be at least {low}")
+        only = next(iter(named)) if len(named) == 1 else ""
+        for setting in ("full_by", "window_by"):
+            object.__setattr__(self, setting, getattr(self, setting) or only)
+        asked = {"full_by": self.full_by}
+        if self.windows:
+            asked["window_by"] = self.window_by
         if self.selector == "halo_ratio":
             asked["general"] = self.general
         for setting, name in asked.items():
@@ -202,6 +208,24 @@ class SearchConfig:
     compile_cache: str = "~/.cache/jet_jax"
 
     def __post_init__(self) -> None:
+        for name, value, least in (
+            ("align.steps", self.align.steps, 0),
+            ("supernet.steps", self.supernet.steps, 0),
+            ("supernet.accumulation", self.supernet.accumulation, 1),
+            ("linear.refit_batches", self.linear.refit_batches, 1),
+            ("log_every", self.log_every, 1),
+            ("checkpoint_every", self.checkpoint_every, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        for name in ("align", "supernet"):
+            stage = getattr(self, name)
+            if stage.optim.freeze or stage.optim.lr_multipliers:
+                raise ValueError(
+                    f"{name}.optim.freeze and lr_multipliers do not apply to a supernet"
+                )
+            if stage.steps:
+                make_schedule(stage.optim, stage.steps)  # says whether warm-up and decay fit
         if not self.teacher:
             raise ValueError("teacher is not set; give the directory of the model to convert")
         if self.dtype is not None and self.dtype not in DTYPES:

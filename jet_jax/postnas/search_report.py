@@ -77,8 +77,7 @@ def _placement(workdir: Path, decision: dict[str, Any]) -> list[str]:
         report.paragraph(
             f"Full attention in layers {full['layers']}, chosen by {full['objective']} with "
             f"{full['selector']}: rank {full['rank']} of {full['scored']} sets of that size that "
-            f"were scored; {len(full['within_one_standard_error'])} more lie within one standard "
-            "error."
+            f"were scored. {_ties(full)}"
         ),
     ]
     if decision["windows"]:
@@ -93,6 +92,13 @@ def _placement(workdir: Path, decision: dict[str, Any]) -> list[str]:
         report.image(f) for f in (folder / "heat_map.png", folder / "curve.png") if f.exists()
     ]
     return [*parts, report.details("the whole decision", decision)]
+
+
+def _ties(choice: dict[str, Any]) -> str:
+    tied = choice["within_one_standard_error"]
+    if tied is None:
+        return "Its standard error is not estimated."
+    return f"{len(tied)} more lie within one standard error."
 
 
 def _training(workdir: Path, found: dict[str, Any], stages: dict[str, Any]) -> list[str]:

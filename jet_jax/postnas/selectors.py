@@ -124,7 +124,7 @@ def best(scores: dict[Any, float]) -> Layers:
 
 def ties(
     scores: dict[Layers, float], questions: dict[Layers, np.ndarray | None], winner: Layers
-) -> list[Layers]:
+) -> list[Layers] | None:
     """The sets within one standard error of the winner, which the data do not tell from it.
 
     Args:
@@ -134,8 +134,10 @@ def ties(
 
     Returns:
       The sets whose mean difference from the winner is at most its standard error over questions,
-      paired, the winner left out.
+      paired, the winner left out; None where there are no scores by question.
     """
+    if questions[winner] is None:
+        return None
     out = []
     for layers in scores:
         ours, theirs = questions[winner], questions[layers]

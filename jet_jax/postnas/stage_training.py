@@ -1,7 +1,7 @@
 """The loop of a training stage: steps, records, checkpoints, and going on where a kill left it.
 
     WORKDIR/STAGE/checkpoints/STEP/{trained, opt_state, data}     the newest two
-    WORKDIR/STAGE/metrics.jsonl, tensorboard/, loss_curve.png
+    WORKDIR/STAGE/metrics.jsonl, tensorboard/
 
 The teacher's frozen weights are not saved: they are where the search's config says.
 """
@@ -137,7 +137,7 @@ class Loop:
 
         Raises:
           Stopped: after SIGTERM or Ctrl-C, when the step in hand is saved.
-          FloatingPointError: the loss is no number any more; nothing is saved then.
+          FloatingPointError: loss or gradient are no numbers any more; nothing is saved then.
         """
         with closing(StageCheckpoints(self.directory)) as checkpoints, jax.set_mesh(self.mesh):
             start = checkpoints.latest or 0
@@ -161,8 +161,11 @@ class Loop:
             saves = last or stopping or (self.checkpoint_every and n % self.checkpoint_every == 0)
             if saves or n % self.log_every == 0 or n == start + 1:
                 values = {k: np.asarray(v).tolist() for k, v in values.items()}
-                if not math.isfinite(values["loss"]):
-                    raise FloatingPointError(f"{self.name}: loss is {values['loss']} at step {n}")
+                for name in ("loss", "grad_norm"):
+                    if not math.isfinite(values[name]):
+                        raise FloatingPointError(
+                            f"{self.name}: {name} is {values[name]} at step {n}"
+                        )
                 values |= speed.lap(n - recorded, (n - recorded) * self.batch_tokens)
                 recorded = n
                 writer.write(n, "train", values | metrics.memory_bytes())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jet_jax import checkpoint, data, io, metrics, sharding
 from jet_jax.config import ModelConfig
 from jet_jax.evaluation.tasks import Settings, find, read_documents
-from jet_jax.params import split
+from jet_jax.params import flatten, split
 from jet_jax.postnas import figures, report, supernet, training
 from jet_jax.postnas.inherit import matched_options
 from jet_jax.postnas.initialise import linear_weights
@@ -43,7 +44,11 @@ from jet_jax.postnas.supernet import Supernet
 from jet_jax.progress import Display
 
 STAGES = ("align", "supernet", "placement", "hybrid", "report")
-NOT_WHAT = ("mesh", "distributed", "log_every", "checkpoint_every", "compile_cache")
+# Settings that say how a search is computed, not what it is.
+HOW = (
+    r"(mesh|distributed)\.|(log_every|checkpoint_every|compile_cache)$|data\.(num_threads|prefetch)$"
+    r"|placement\.(batch_size|chunk)$|supernet\.accumulation$"
+)
 
 
 @dataclass
@@ -101,13 +106,15 @@ class Search:
             self.config.data.batch_size, self.mesh, self.config.supernet.accumulation
         )
         sharding.check_batch(self.config.placement.batch_size, self.mesh)
+        if jax.process_count() > 1:
+            raise ValueError("a search runs in one process so far; give it one host's devices")
         path, mine = self.workdir / "search.json", _plain(self.config.to_dict())
         if path.exists():
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = flatten(json.loads(path.read_text(encoding="utf-8")))
             changed = [
-                f"  {name}: {there.get(name)!r} there, {value!r} here"
-                for name, value in mine.items()
-                if name not in NOT_WHAT and there.get(name) != value
+                f"  {name}: {there[name]!r} there, {value!r} here"
+                for name, value in flatten(mine).items()
+                if name in there and there[name] != value and not re.match(HOW, name)
             ]
             if changed:
                 lines = "\n".join(changed)
@@ -295,7 +302,9 @@ class Search:
         return {"report": str(write_report(self.workdir, self.config))}
 
     def run(self, stage: str) -> dict[str, Any]:
-        """Runs a stage and notes that it is done."""
+        """Runs a stage and notes that it is done; what later stages made of it is not any more."""
+        for later in STAGES[STAGES.index(stage) :]:
+            (self.workdir / f"{later}.json").unlink(missing_ok=True)
         result = getattr(self, stage)()
         if jax.process_index() == 0:
             write_json(self.workdir / f"{stage}.json", result)
@@ -331,7 +340,7 @@ def write_json(path: Path, value: Any) -> None:
 def _settings(wanted: ObjectiveConfig, split_name: str) -> Settings:
     documents = read_documents(wanted.documents) if wanted.documents else ()
     return Settings(
-        length=wanted.length, items=wanted.items, seed=wanted.seed, split=split_name,
+        length=wanted.length, items=wanted.num_items, seed=wanted.seed, split=split_name,
         documents=documents,
     )  # fmt: skip
 

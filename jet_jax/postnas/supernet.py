@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from jet_jax.mixers import MIXERS
 from jet_jax.mixers.context import Context, Place
 from jet_jax.models.block import Block
 from jet_jax.models.lm import HybridLM
+from jet_jax.models.remat import remat
 from jet_jax.params import split
 from jet_jax.postnas.paths import LINEAR, WINDOW
 from jet_jax.sharding import constrain, tensor_shards
@@ -263,7 +264,7 @@ class Supernet:
 
         # A switch under reverse-mode derivatives keeps what every branch would need, unless the
         # layer is computed again.
-        @jax.checkpoint
+        @partial(remat, name="full", in_scan=True)
         def layer(x, choice, weights, target):
             block = self.layer(weights)
             mixed = self.mix(choice, weights, block.input_layernorm(x), ctx)

@@ -1,9 +1,10 @@
 """The two training steps of a supernet: teacher-forced alignment, then sampled paths.
 
 `make_align_step`: every layer's linear path reads the teacher's own input and learns to give the
-attention's output. Layers do not disturb each other, each gets a gradient at every token, and
-nothing has to be differentiated through MLPs. (What cheap conversions begin with: RADLADS, arXiv
-2505.03005; arXiv 2512.20569; LoLCATs, arXiv 2410.10254. PostNAS does not print such a stage.)
+attention's output. Layers meet only in the clipping of the gradient's norm, each gets a gradient at
+every token, and nothing has to be differentiated through MLPs. (What cheap conversions begin with:
+RADLADS, arXiv 2505.03005; arXiv 2512.20569; LoLCATs, arXiv 2410.10254. PostNAS prints no such
+stage.)
 
 `make_path_step`: PostNAS's own. A path drawn from the step runs on its own stream, and the loss
 compares each attention sublayer's output with the teacher's, and the next-token distributions.
@@ -200,7 +201,8 @@ def make_path_step(
       law: how paths are drawn.
       loss: what they are trained on.
       seed: of the paths.
-      accumulation: equal parts that a batch is worked off in, to save memory.
+      accumulation: equal parts that a batch is worked off in, to save memory; each is normalised
+        by its own variance and tokens, and all count alike.
 
     Returns:
       The step; the old state's buffers are donated, but for the teacher's. Metrics: `loss`,

@@ -17,7 +17,6 @@ from kernels_pallas.dplr.step import step_reference, step_xla
 from kernels_pallas.dplr.step_pallas import dplr_step_pallas
 from kernels_pallas.dplr.xla import dplr_xla
 
-# On a GPU once the kernels have been measured on one.
 CHUNK = {"pallas": dplr_pallas, "xla": dplr_xla, "reference": dplr_reference}
 STEP = {"pallas": dplr_step_pallas, "xla": step_xla, "reference": step_reference}
 

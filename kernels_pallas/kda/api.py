@@ -18,7 +18,6 @@ from kernels_pallas.kda.reference import kda_reference
 from kernels_pallas.kda.step import step_reference, step_xla
 from kernels_pallas.kda.xla import kda_xla
 
-# On a GPU once the kernels have been measured on one.
 CHUNK = {"pallas": kda_pallas, "xla": kda_xla, "reference": kda_reference}
 STEP = {"pallas": kda_step_pallas, "xla": step_xla, "reference": step_reference}
 

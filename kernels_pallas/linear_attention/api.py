@@ -23,7 +23,6 @@ CHUNK = {
     "xla": linear_attention_xla,
     "reference": linear_attention_reference,
 }
-# On a GPU once tests of theirs have passed on one.
 STEP = {"pallas": step_pallas, "xla": step_xla, "reference": step_reference}
 
 

@@ -11,7 +11,6 @@ from kernels_pallas.short_conv.pallas import short_conv_pallas
 from kernels_pallas.short_conv.reference import short_conv_reference
 from kernels_pallas.short_conv.xla import short_conv_xla
 
-# On a GPU once tests/kernels_pallas/test_short_conv_gpu.py has passed on one.
 IMPLEMENTATIONS = {
     "pallas": short_conv_pallas,
     "xla": short_conv_xla,

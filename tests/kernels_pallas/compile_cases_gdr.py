@@ -49,7 +49,7 @@ WIDTHS = [
     for k, v, d in (
         (64, 144, jnp.dtype("bfloat16")),
         (96, 256, jnp.dtype("float32")),
-        (192, 288, jnp.dtype("bfloat16")),
+        (192, 384, jnp.dtype("bfloat16")),  # the linear-attention blocks side by side
         (256, 576, jnp.dtype("bfloat16")),
     )
 ]

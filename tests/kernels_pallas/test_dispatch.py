@@ -84,7 +84,7 @@ def test_a_preferred_one_comes_first_where_it_can():
     assert dispatch("op", TABLE, None, 1) == "fast"
 
 
-def test_kernels_can_be_preferred_where_they_have_to_be_named():
+def test_kernels_can_be_preferred_where_they_are_not_taken_unnamed():
     table = {"pallas": lambda: "pallas", "xla": lambda: "xla"}
     assert dispatch("op", table, None) == "xla"  # a CPU
     with preferring("pallas"):

@@ -35,7 +35,7 @@ def settings(teacher, **changes):
         "supernet": {"steps": 6, "optim": optim, "law": {"max_full": 2}},
         "placement": {
             "objectives": {
-                "recall": {"task": "mqar", "figure": "loss", "length": 64, "items": 8},
+                "recall": {"task": "mqar", "figure": "loss", "length": 64, "num_items": 8},
                 "text": {
                     "task": "perplexity", "figure": "kl", "length": 64,
                     "documents": (str(Path(teacher).parent / "held_out.jsonl"),),
@@ -173,7 +173,7 @@ def test_what_is_wrong_is_told_before_any_compute(teacher, mesh, tmp_path):
 
 
 def test_a_teacher_that_cannot_do_the_task_ends_the_search(teacher, mesh, tmp_path):
-    recall = {"task": "mqar", "gate": 0.5, "length": 64, "items": 8}
+    recall = {"task": "mqar", "gate": 0.5, "length": 64, "num_items": 8}
     config = settings(
         teacher, align={"steps": 0}, supernet={"steps": 0}, linear={"kind": "gla", "init": "copy"},
         placement={"objectives": {"recall": recall}, "full": 1},

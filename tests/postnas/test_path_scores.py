@@ -1,0 +1,85 @@
+"""Scores of paths: one program, the untouched teacher as reference, figures that fit their rows."""
+
+import jax
+import nets
+import numpy as np
+import pytest
+
+from jet_jax.evaluation import retrieval
+from jet_jax.evaluation.harness import Forward, evaluate
+from jet_jax.postnas.objectives import Objective, check_objectives
+from jet_jax.postnas.path_scores import PathScorer
+from jet_jax.sharding import make_mesh
+
+ROWS = retrieval.mqar(range(1, 61), 0, 8, 48, num_pairs=4, num_queries=2, min_gap=2)
+PATHS = [[0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]]
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    objectives = [Objective("recall", ROWS, "loss"), Objective("text", ROWS, "kl")]
+    params = {**nets.params(), "full": nets.params()["teacher"]["layers"]["mixer"]}
+    return PathScorer(nets.supernet(), params, objectives, mesh, batch_size=4, chunk=2)
+
+
+def test_scores_are_those_of_the_path_alone(scorer):
+    found = scorer(PATHS)
+    net = nets.supernet()
+
+    def apply(params, batch):
+        path, weights = params
+        hidden, _ = net.run(weights, path, batch["tokens"], batch["segment_ids"])
+        return hidden, net.head_kernel(weights)
+
+    for path in PATHS:
+        alone = evaluate(Forward(apply, (np.array(path, np.int32), nets.params())), ROWS, 4)
+        assert found[tuple(path)]["recall"]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    text = scorer.objective("text")
+    kl = [text.value(found[tuple(path)]["text"]) for path in PATHS]
+    assert abs(kl[0]) < 1e-6 and 0.01 < kl[1] and 0.01 < kl[2]
+
+
+def test_a_trained_attention_is_compared_with_the_teachers(scorer):
+    trained = jax.tree.map(lambda x: 1.5 * x, scorer.params["full"])
+    other = PathScorer(
+        scorer.net, {**scorer.params, "full": trained}, scorer.objectives, scorer.mesh,
+        batch_size=4, chunk=2,
+    )  # fmt: skip
+    results = other(PATHS[:1])[(0, 0, 0, 0)]["text"]
+    assert other.objective("text").value(results) > 0.01
+
+
+def test_scores_come_back_from_their_file(scorer, tmp_path):
+    found = scorer(PATHS)
+    scorer.save(tmp_path / "scores.json")
+    other = PathScorer(scorer.net, scorer.params, scorer.objectives, scorer.mesh)
+    other.load(tmp_path / "scores.json")
+    for path, results in found.items():
+        for o in scorer.objectives:
+            assert o.value(other.known[path][o.name]) == o.value(results[o.name])
+        recall = scorer.objectives[0]
+        mine, theirs = (recall.questions(x[path]["recall"]) for x in (found, other.known))
+        assert np.array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [("acuracy", "is unknown"), ("loss@0-127", "is unknown"), ("choice_loss", "free answers")],
+)
+def test_figures_that_do_not_fit_are_refused(figure, message):
+    with pytest.raises(ValueError, match=message):
+        Objective("x", ROWS, figure)
+
+
+def test_positions_without_tokens_are_refused(scorer):
+    far = Objective("far", ROWS, "kl@512-2047")
+    with pytest.raises(ValueError, match="no token at positions 512-2047; there are 0-127"):
+        far.value(scorer(PATHS)[tuple(PATHS[0])]["text"])
+
+
+def test_objectives_need_names_of_their_own():
+    with pytest.raises(ValueError, match="two objectives are called 'x'"):
+        check_objectives([Objective("x", ROWS, "loss")] * 2)
+    with pytest.raises(ValueError, match="no objective"):
+        check_objectives([])
