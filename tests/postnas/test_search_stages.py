@@ -62,6 +62,21 @@ def teacher(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Searches of this file share their compiled programs."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return make_mesh(2, 1, 1, devices=jax.devices()[:2])
@@ -108,7 +123,7 @@ def test_the_saved_hybrid_is_the_path_that_was_scored(done):
         hidden, _ = jax.jit(search.net.run)(
             params, np.array(results["placement"]["path"], np.int32), tokens
         )
-    expected = model.forward(tokens, logits_at="none").hidden
+    hidden, expected = map(np.asarray, (hidden, model.forward(tokens, logits_at="none").hidden))
     assert np.linalg.norm(hidden - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
@@ -158,12 +173,11 @@ def test_what_is_wrong_is_told_before_any_compute(teacher, mesh, tmp_path):
 
     good = settings(teacher).placement
     objectives = good.objectives
-    assert "has 4" in error(placement={"objectives": objectives, "full": 5})
-    assert "layer 7 does not exist" in error(
-        placement={"objectives": objectives, "selector": "given", "layers": (7,)}
-    )
+    two = {"objectives": objectives, "full_by": "text"}
+    assert "has 4" in error(placement=two | {"full": 5})
+    assert "layer 7 does not exist" in error(placement=two | {"selector": "given", "layers": (7,)})
     assert "unknown task 'mqr'" in error(placement={"objectives": {"x": {"task": "mqr"}}})
-    assert "placement.window" in error(placement={"objectives": objectives, "windows": 1})
+    assert "placement.window" in error(placement=two | {"windows": 1, "window_by": "text"})
     assert "rwkv7 is no linear path" in error(linear={"kind": "rwkv7"})
     with pytest.raises(ValueError, match="is no objective"):
         settings(teacher, placement={"objectives": objectives, "full_by": "other"})
