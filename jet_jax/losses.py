@@ -109,14 +109,14 @@ def token_kl(
       head: its head matrix; cast to `hidden.dtype` for the product.
       teacher_hidden: the teacher's; gets no gradient.
       teacher_head: the teacher's head matrix; gets no gradient.
-      max_logits: logits that a chunk may hold on one device.
+      max_logits: logits that a chunk may hold on one device, the teacher's included.
 
     Returns:
       One number a position, at least 0 up to rounding, and exactly 0 where the two models are the
       same arrays. Differentiable, recomputing logits chunk by chunk.
     """
     shards = current_batch_shards(hidden.shape[0])
-    chunk = _chunk_length(hidden.shape, head.shape[1], shards, max_logits)
+    chunk = _chunk_length(hidden.shape, head.shape[1], shards, max_logits // 2)
     head = constrain(head.astype(hidden.dtype), "de")
     teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
     teacher_head = constrain(teacher_head.astype(teacher_hidden.dtype), "de")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,8 +90,3 @@ def path_of(
             seen.add(layer)
             path[layer] = teacher[layer] if kind is None else kind
     return path
-
-
-def kept_layers(path: Any) -> tuple[int, ...]:
-    """The layers of a path that are not linear, counted from 0."""
-    return tuple(int(i) for i in np.flatnonzero(np.asarray(path) != LINEAR))

@@ -305,6 +305,8 @@ class Search:
         """Runs a stage and notes that it is done; what later stages made of it is not any more."""
         for later in STAGES[STAGES.index(stage) :]:
             (self.workdir / f"{later}.json").unlink(missing_ok=True)
+        if stage in ("align", "supernet"):  # whose weights the known scores are of
+            (self.workdir / "placement" / "scores.json").unlink(missing_ok=True)
         result = getattr(self, stage)()
         if jax.process_index() == 0:
             write_json(self.workdir / f"{stage}.json", result)

@@ -154,7 +154,11 @@ def test_a_killed_stage_goes_on_with_the_same_losses(done, teacher, mesh, tmp_pa
         with pytest.raises(Killed):
             other.run("align")
     assert not other.is_done("align")
+    scores = other.workdir / "placement" / "scores.json"
+    scores.parent.mkdir()
+    scores.write_text("[]")
     other.run("align")
+    assert not scores.exists()  # they were of other weights
 
     def losses(workdir):
         lines = (workdir / "align" / "metrics.jsonl").read_text().splitlines()
