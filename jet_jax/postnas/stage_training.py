@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,9 @@ from jet_jax.stopping import StopRequest
 from jet_jax.train_checkpoint import flat_leaves, restore_arrays, restore_data
 
 
+Shardings = Callable[[Any, Mesh], Any]
+
+
 class Stopped(Exception):
     """The run was asked to stop; what was done is saved."""
 
@@ -40,7 +43,13 @@ class Stopped(Exception):
 class StageCheckpoints:
     """The checkpoints of one stage: what it trains, the optimizer's state and the data's place."""
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 2):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        keep: int = 2,
+        shardings: Shardings = supernet.shardings,
+    ):
+        self._shardings = shardings
         self.directory = Path(os.path.abspath(directory)) / io.CHECKPOINTS
         handlers: Any = {
             "trained": ocp.PyTreeCheckpointHandler(),
@@ -84,14 +93,14 @@ class StageCheckpoints:
             raise ValueError(f"{self.directory} holds no finished step; run the stage before it")
         folder = self.directory / str(self.latest)
         wanted = flatten(jax.tree.map(_shape, dict(shapes)))
-        return unflatten(restore_arrays(folder / "trained", wanted, mesh, supernet.shardings))
+        return unflatten(restore_arrays(folder / "trained", wanted, mesh, self._shardings))
 
     def restore(self, state: TrainState, data: TrainIterator, mesh: Mesh) -> tuple[TrainState, str]:
         """The newest step, and a sentence about what could not be continued exactly."""
         trained = self.trained(state.params, mesh)
         folder = self.directory / str(self.latest)
         shapes = jax.tree.map(_shape, state.opt_state)
-        saved = restore_arrays(folder / "opt_state", flat_leaves(shapes), mesh, supernet.shardings)
+        saved = restore_arrays(folder / "opt_state", flat_leaves(shapes), mesh, self._shardings)
         leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
         opt_state = structure.unflatten([saved[sharding.dotted(path)] for path, _ in leaves])
         note = restore_data(folder / "data", data)
@@ -116,6 +125,7 @@ class Loop:
       flops_per_token: of a step, for the share of the device's peak.
       log_every: steps between records.
       checkpoint_every: steps between checkpoints; 0 for none but the last.
+      shardings: gives what trains and its optimizer state their places on the mesh.
     """
 
     name: str
@@ -126,20 +136,22 @@ class Loop:
     flops_per_token: float
     log_every: int
     checkpoint_every: int
+    shardings: Shardings = supernet.shardings
 
     def run(self, state: TrainState, step: Any, data: TrainIterator) -> TrainState:
         """Trains to the last step.
 
         Args:
           state: at the stage's start; replaced by the newest checkpoint where there is one.
-          step: from `training.make_align_step` or `make_path_step`.
+          step: `(state, batch) -> (state, metrics)`, such as `training.make_align_step` makes.
           data: the batches, from their beginning.
 
         Raises:
           Stopped: after SIGTERM or Ctrl-C, when the step in hand is saved.
           FloatingPointError: loss or gradient are no numbers any more; nothing is saved then.
         """
-        with closing(StageCheckpoints(self.directory)) as checkpoints, jax.set_mesh(self.mesh):
+        checkpoints = StageCheckpoints(self.directory, shardings=self.shardings)
+        with closing(checkpoints), jax.set_mesh(self.mesh):
             start = checkpoints.latest or 0
             display = Display(self.steps, start)
             with closing(display), closing(StopRequest()) as stop:
