@@ -1,29 +1,32 @@
-"""Cross-entropy and token log-probabilities that never hold the logits of a whole batch.
+"""Cross-entropy, KL and token log-probabilities that never hold the logits of a whole batch.
 
-With a vocabulary of 151,936 the float32 logits of 8192 tokens take 5 GB. The head therefore runs
-over chunks of T: each chunk's logits are made, used and dropped.
-
-`cross_entropy` has its own derivative. A summed loss has a gradient that is linear in one incoming
-scalar, so the pass that computes the loss also computes `d hidden` and `d head` while each chunk's
-logits are at hand; the backward pass only multiplies. That is three matrix products a chunk, where
-recomputing the logits backward would take four. Under a mesh every batch shard adds up its own
-`d head` over the chunks, and the shards are summed once at the end, not once a chunk.
+The head runs over chunks of T (`jet_jax.head_chunks`). A summed loss has a gradient that is linear
+in one incoming scalar, so `cross_entropy` and `kl_loss` compute `d hidden` and `d head` in the pass
+that computes the loss, while each chunk's logits are at hand; the backward pass only multiplies.
+That is one product less a chunk and model than recomputing logits backward. A frozen head gets no
+gradient, which is another one less. Under a mesh every batch shard adds up its own `d head` over
+the chunks, and the shards are summed once at the end, not once a chunk.
 """
 
 from __future__ import annotations
 
-import functools
-import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jet_jax.sharding import constrain, current_batch_shards
-
-MAX_LOGITS = 2**28  # logits that a chunk may hold on one device (1 GiB in float32)
+from jet_jax.head_chunks import (
+    MAX_LOGITS,
+    Chunks,
+    cast_head,
+    logits_of,
+    map_logits,
+    precision,
+    target_logit,
+)
+from jet_jax.sharding import constrain
 
 
 def cross_entropy(
@@ -55,11 +58,73 @@ def cross_entropy(
       for `hidden` and `head`. `sums` holds, without gradient: `loss` (summed cross-entropy),
       `tokens` (sum of the mask) and `correct` (masked count of top-1 hits).
     """
-    shards = current_batch_shards(hidden.shape[0])
-    chunk = _chunk_length(hidden.shape, head.shape[1], shards, max_logits)
-    out: Any = _summed_loss(hidden, head, targets, mask, z_loss, chunk, shards)
+    chunks = Chunks.of(*hidden.shape[:2], head.shape[1], max_logits)
+    chunk_loss = partial(_cross_entropy, z_loss)
+    out: Any = _summed_loss(chunk_loss, chunks, hidden, head, (targets, mask), ())
     total, sums = out
     return total, jax.tree.map(jax.lax.stop_gradient, sums)
+
+
+def kl_loss(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D E"],
+    teacher_hidden: Float[Array, "B T C"],
+    teacher_head: Float[Array, "C E"],
+    mask: Float[Array, "B T"],
+    *,
+    max_logits: int = MAX_LOGITS,
+) -> Float[Array, ""]:
+    """Sums KL(teacher || student) of the next-token distributions of a batch, in nats, float32.
+
+    Three products a chunk where the head is frozen, four where it trains.
+
+    Args:
+      hidden: the student's output of the final norm, the compute dtype.
+      head: its head matrix, as in `cross_entropy`.
+      teacher_hidden: the teacher's; gets no gradient.
+      teacher_head: the teacher's head matrix; gets no gradient.
+      mask: weight of each position. Gets no gradient.
+      max_logits: logits that a chunk may hold on one device, the teacher's included.
+
+    Returns:
+      At least 0 up to rounding; value and gradient are exactly 0 where the two models are the same
+      arrays. Carries the gradient for `hidden` and `head`.
+    """
+    chunks = Chunks.of(*hidden.shape[:2], head.shape[1], max_logits // 2)
+    teacher_head = cast_head(teacher_head, teacher_hidden)
+    out: Any = _summed_loss(_kl, chunks, hidden, head, (teacher_hidden, mask), (teacher_head,))
+    return out[0]
+
+
+def token_kl(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D E"],
+    teacher_hidden: Float[Array, "B T C"],
+    teacher_head: Float[Array, "C E"],
+    *,
+    max_logits: int = MAX_LOGITS,
+) -> Float[Array, "B T"]:
+    """Computes KL(teacher || student) at each position: what `kl_loss` sums, to look at.
+
+    Args:
+      hidden: the student's output of the final norm.
+      head: its head matrix.
+      teacher_hidden: the teacher's; gets no gradient.
+      teacher_head: the teacher's head matrix; gets no gradient.
+      max_logits: logits that a chunk may hold on one device, the teacher's included.
+
+    Returns:
+      Nats, float32. Differentiable, recomputing logits chunk by chunk.
+    """
+    teacher = jax.lax.stop_gradient((teacher_hidden, teacher_head))
+    return map_logits(kl_divergence, [(hidden, head), teacher], max_logits=max_logits)
+
+
+def kl_divergence(
+    logits: Float[Array, "*B E"], teacher_logits: Float[Array, "*B E"]
+) -> Float[Array, "*B"]:
+    """KL(teacher || student) of two distributions given by logits, in nats, float32."""
+    return _kl_and_slope(logits, teacher_logits)[0]
 
 
 def token_logprobs(
@@ -80,117 +145,97 @@ def token_logprobs(
     Returns:
       `log softmax(hidden @ head)[targets]`. Differentiable, recomputing logits chunk by chunk.
     """
-    shards = current_batch_shards(hidden.shape[0])
-    chunk = _chunk_length(hidden.shape, head.shape[1], shards, max_logits)
-    head = constrain(head.astype(hidden.dtype), "de")
-
-    @jax.checkpoint
-    def one(args):
-        h, y = args
-        logits = _logits(h, head)
-        return _target_logit(logits, y) - jax.nn.logsumexp(logits, axis=-1)
-
-    out = jax.lax.map(one, (_split(hidden, chunk, shards), _split(targets, chunk, shards)))
-    return _join(out, hidden.shape[1])
+    return map_logits(target_logprob, [(hidden, head)], targets, max_logits=max_logits)
 
 
-def token_kl(
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "D E"],
-    teacher_hidden: Float[Array, "B T C"],
-    teacher_head: Float[Array, "C E"],
-    *,
-    max_logits: int = MAX_LOGITS,
-) -> Float[Array, "B T"]:
-    """Computes KL(teacher || student) of the next-token distributions, in nats, float32.
+def target_logprob(logits: Float[Array, "*B E"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """`log softmax(logits)[..., targets]`, in nats."""
+    return target_logit(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
 
-    Args:
-      hidden: the student's output of the final norm.
-      head: its head matrix; cast to `hidden.dtype` for the product.
-      teacher_hidden: the teacher's; gets no gradient.
-      teacher_head: the teacher's head matrix; gets no gradient.
-      max_logits: logits that a chunk may hold on one device, the teacher's included.
 
-    Returns:
-      One number a position, at least 0 up to rounding, and exactly 0 where the two models are the
-      same arrays. Differentiable, recomputing logits chunk by chunk.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed_loss(chunk_loss, chunks, hidden, head, rows, shared):
+    """Sums `chunk_loss(logits, rows of the chunk, shared)` over all chunks.
+
+    `chunk_loss` returns a scalar, a tree of scalars and d scalar / d logits. Only `hidden` and
+    `head` get gradients.
     """
-    shards = current_batch_shards(hidden.shape[0])
-    chunk = _chunk_length(hidden.shape, head.shape[1], shards, max_logits // 2)
-    head = constrain(head.astype(hidden.dtype), "de")
-    teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
-    teacher_head = constrain(teacher_head.astype(teacher_hidden.dtype), "de")
-
-    @jax.checkpoint
-    def one(args):
-        student, teacher = args
-        log_q = jax.nn.log_softmax(_logits(student, head))
-        log_p = jax.nn.log_softmax(_logits(teacher, teacher_head))
-        return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
-
-    out = jax.lax.map(one, tuple(_split(x, chunk, shards) for x in (hidden, teacher_hidden)))
-    return _join(out, hidden.shape[1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _summed_loss(hidden, head, targets, mask, z_loss, chunk, shards):
-    head = constrain(head.astype(hidden.dtype), "de")  # gathered here, once
+    head = cast_head(head, hidden)
 
     def one(sums, xs):
-        h, y, m = xs
-        total, stats, _ = _chunk_loss(_logits(h, head), y, m, z_loss)
-        return jax.tree.map(jnp.add, sums, (total, stats)), None
+        h, parts = xs
+        *new, _ = chunk_loss(logits_of(h, head), parts, shared)
+        return jax.tree.map(jnp.add, sums, tuple(new)), None
 
-    xs = tuple(_split(x, chunk, shards) for x in (hidden, targets, mask))
-    (total, sums), _ = jax.lax.scan(one, _zero_sums(), xs)
-    return total, sums
+    xs = jax.tree.map(chunks.split, (hidden, rows))
+    return jax.lax.scan(one, _zero_sums(chunk_loss, head, xs, shared), xs)[0]
 
 
-def _summed_loss_fwd(hidden, head, targets, mask, z_loss, chunk, shards):
+def _summed_loss_fwd(chunk_loss, chunks, hidden, head, rows, shared):
+    head_trains = head.perturbed
+    hidden, head, rows, shared = jax.tree.map(
+        lambda x: x.value, (hidden, head, rows, shared), is_leaf=lambda x: hasattr(x, "perturbed")
+    )
     master_dtype = jnp.zeros((), head.dtype)  # a residual must be an array
-    head = constrain(head.astype(hidden.dtype), "de")
+    head = cast_head(head, hidden)
 
     def one(carry, xs):
         sums, d_head = carry
-        h, y, m = xs
-        total, stats, d_logits = _chunk_loss(_logits(h, head), y, m, z_loss)
+        h, parts = xs
+        *new, d_logits = chunk_loss(logits_of(h, head), parts, shared)
         d_logits = d_logits.astype(h.dtype)
-        precision = _precision(h)
-        d_h = jnp.einsum("nbte,de->nbtd", d_logits, head, precision=precision)
-        d_head += jnp.einsum(
-            "nbtd,nbte->nde", h, d_logits, precision=precision, preferred_element_type=jnp.float32
-        )
-        return (jax.tree.map(jnp.add, sums, (total, stats)), constrain(d_head, "bde")), d_h
+        d_h = jnp.einsum("nbte,de->nbtd", d_logits, head, precision=precision(h))
+        if head_trains:
+            d_head += jnp.einsum(
+                "nbtd,nbte->nde",
+                h,
+                d_logits,
+                precision=precision(h),
+                preferred_element_type=jnp.float32,
+            )
+            d_head = constrain(d_head, "bde")
+        return (jax.tree.map(jnp.add, sums, tuple(new)), d_head), d_h
 
-    xs = tuple(_split(x, chunk, shards) for x in (hidden, targets, mask))
-    d_head = constrain(jnp.zeros((shards, *head.shape), jnp.float32), "bde")
-    ((total, sums), d_head), d_hidden = jax.lax.scan(one, (_zero_sums(), d_head), xs)
-    d_hidden = _join(d_hidden, hidden.shape[1])
-    return (total, sums), (d_hidden, d_head, master_dtype)
+    xs = jax.tree.map(chunks.split, (hidden, rows))
+    d_head = None
+    if head_trains:
+        d_head = constrain(jnp.zeros((chunks.shards, *head.shape), jnp.float32), "bde")
+    start = _zero_sums(chunk_loss, head, xs, shared), d_head
+    (sums, d_head), d_hidden = jax.lax.scan(one, start, xs)
+    return sums, (chunks.join(d_hidden), d_head, master_dtype)
 
 
-def _summed_loss_bwd(z_loss, chunk, shards, residuals, cotangents):
+def _summed_loss_bwd(chunk_loss, chunks, residuals, cotangents):
+    del chunk_loss, chunks
     d_hidden, d_head, master_dtype = residuals
     scale, _ = cotangents  # the sums carry no gradient
-    batch_time = d_hidden.shape[:2]
-    return (
-        (d_hidden * scale).astype(d_hidden.dtype),
-        (d_head.sum(0) * scale).astype(master_dtype.dtype),
-        np.zeros(batch_time, jax.dtypes.float0),
-        jnp.zeros(batch_time, jnp.float32),
-    )
+    d_hidden = (d_hidden * scale).astype(d_hidden.dtype)
+    if d_head is not None:
+        d_head = (d_head.sum(0) * scale).astype(master_dtype.dtype)
+    return d_hidden, d_head, None, None
 
 
-_summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd)
+# Symbolic zeros tell whether the head trains.
+_summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd, symbolic_zeros=True)
 
 
-def _chunk_loss(logits, targets, mask, z_loss):
+def _zero_sums(chunk_loss, head, xs, shared):
+    def first(xs):
+        h, parts = jax.tree.map(lambda x: x[0], xs)
+        return tuple(chunk_loss(logits_of(h, head), parts, shared)[:2])
+
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first, xs))
+
+
+def _cross_entropy(z_loss, logits, rows, shared):
     """Loss, counts and gradient with respect to the logits [N,B,T,E] of one chunk."""
+    del shared
+    targets, mask = rows
     top = logits.max(-1)
     exp = jnp.exp(logits - top[..., None])
     partition = exp.sum(-1)
     log_z = top + jnp.log(partition)
-    hit = _target_logit(logits, targets)
+    hit = target_logit(logits, targets)
     loss = ((log_z - hit) * mask).sum()
     total = loss + z_loss * (log_z**2 * mask).sum()
     stats = {"loss": loss, "tokens": mask.sum(), "correct": ((hit >= top) * mask).sum()}
@@ -201,44 +246,21 @@ def _chunk_loss(logits, targets, mask, z_loss):
     return total, stats, d_logits
 
 
-def _precision(x):
-    # float32 means float32: a GPU would otherwise multiply in TF32.
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+def _kl(logits, rows, shared):
+    """The summed KL of one chunk and its gradient with respect to the logits [N,B,T,E]."""
+    teacher_hidden, mask = rows
+    (teacher_head,) = shared
+    kl, slope = _kl_and_slope(logits, logits_of(teacher_hidden, teacher_head))
+    return (kl * mask).sum(), {}, slope * mask[..., None]
 
 
-def _logits(h, head):
-    logits = jnp.einsum(
-        "nbtd,de->nbte", h, head, precision=_precision(h), preferred_element_type=jnp.float32
-    )
-    return constrain(logits, "btte")
+def _kl_and_slope(logits, teacher_logits):
+    """KL(teacher || student), and its gradient with respect to the student's logits: q - p.
 
-
-def _target_logit(logits, targets):
-    # A masked sum, not a gather: it stays local where the vocabulary is split over devices.
-    onehot = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return jnp.where(onehot, logits, 0.0).sum(-1)
-
-
-def _zero_sums():
-    zero = jnp.zeros((), jnp.float32)
-    return zero, {"loss": zero, "tokens": zero, "correct": zero}
-
-
-def _chunk_length(shape, vocab, shards, max_logits):
-    rows, time = shape[0] // shards, shape[1]
-    most = max(1, max_logits // (rows * vocab))
-    return math.ceil(time / math.ceil(time / most))  # equal chunks, least padding
-
-
-def _split(x, chunk, shards):
-    """[B,T,...] -> [chunks, shards, B/shards, chunk, ...]; T is padded with zeros."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(shards, x.shape[0] // shards, -1, chunk, *x.shape[2:])
-    return constrain(jnp.moveaxis(x, 2, 0), "tbtt" + "d" * (x.ndim - 4))
-
-
-def _join(x, time):
-    """The inverse of `_split`."""
-    x = jnp.moveaxis(x, 0, 2)
-    x = x.reshape(x.shape[0] * x.shape[1], -1, *x.shape[4:])[:, :time]
-    return constrain(x, "bt" + "d" * (x.ndim - 2))
+    One pass over the logits for the maxima and one for all sums.
+    """
+    x, y = (z - jax.lax.stop_gradient(z.max(-1, keepdims=True)) for z in (logits, teacher_logits))
+    exp_x, exp_y = jnp.exp(x), jnp.exp(y)
+    sum_x, sum_y = exp_x.sum(-1), exp_y.sum(-1)
+    kl = (exp_y * (y - x)).sum(-1) / sum_y + jnp.log(sum_x) - jnp.log(sum_y)
+    return kl, exp_x / sum_x[..., None] - exp_y / sum_y[..., None]

@@ -108,14 +108,22 @@ def test_sharded_equals_unsharded(inputs):
     mesh = sharding.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         rows = jax.device_put((hidden, targets, mask), sharding.batch_sharding(mesh))
-        split = sharding.placement("lm_head.kernel", head.shape, mesh).spec
-        placed = jax.device_put(head, jax.NamedSharding(mesh, split))
+        placed = _placed_head(head, mesh)
         lowered = grad.lower(rows[0], placed, rows[1], rows[2]).compile()
         got = lowered(rows[0], placed, rows[1], rows[2])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    # The head's gradient crosses devices after the loop over chunks, never inside it.
-    body, entry = lowered.as_text().split("ENTRY")
+    _assert_reduced_once(lowered)
+
+
+def _placed_head(head, mesh):
+    split = sharding.placement("lm_head.kernel", head.shape, mesh).spec
+    return jax.device_put(head, jax.NamedSharding(mesh, split))
+
+
+def _assert_reduced_once(compiled):
+    """The head's gradient crosses devices after the loop over chunks, never inside it."""
+    body, entry = compiled.as_text().split("ENTRY")
     reduced = re.compile(rf"f32\[(1,)?{D},{E}\].*(all-reduce|reduce-scatter)\(")
     assert reduced.search(entry) and not reduced.search(body)
 
@@ -131,3 +139,124 @@ def test_token_logprobs(inputs):
     np.testing.assert_allclose(
         slope, -jax.grad(plain)(hidden, head, targets, ones), rtol=1e-5, atol=1e-5
     )
+
+
+def plain_kl(hidden, head, teacher_hidden, teacher_head, mask):
+    """Summed KL and its gradients for hidden and head, by NumPy in float64."""
+    arrays = (hidden, head, teacher_hidden, teacher_head, mask)
+    hidden, head, teacher_hidden, teacher_head, mask = (np.asarray(x, np.float64) for x in arrays)
+    log_q, log_p = (
+        x - np.log(np.exp(x).sum(-1, keepdims=True))
+        for x in (hidden @ head, teacher_hidden @ teacher_head)
+    )
+    slope = (np.exp(log_q) - np.exp(log_p)) * mask[..., None]
+    value = ((np.exp(log_p) * (log_p - log_q)).sum(-1) * mask).sum()
+    return value, slope @ head.T, np.einsum("btd,bte->de", hidden, slope)
+
+
+@pytest.fixture(scope="module")
+def models(inputs):
+    """Student, teacher of another width, and the mask."""
+    hidden, head, _, mask = inputs
+    rng = np.random.default_rng(1)
+    teacher = jnp.asarray(rng.normal(size=(B, T, D // 2)), jnp.float32)
+    teacher_head = jnp.asarray(rng.normal(size=(D // 2, E)), jnp.float32)
+    return hidden, head, teacher, teacher_head, mask
+
+
+# 3 tokens of both models a chunk.
+@pytest.mark.parametrize("max_logits", [losses.MAX_LOGITS, 2 * 3 * B * E])
+@pytest.mark.parametrize("masked", [False, True])
+def test_kl_and_gradients_equal_full_logits(models, max_logits, masked):
+    *arrays, mask = models
+    mask = mask if masked else jnp.ones_like(mask)
+
+    def chunked(hidden, head):
+        args = hidden, head, *arrays[2:], mask
+        return losses.kl_loss(*args, max_logits=max_logits) * 0.5
+
+    value, got = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(*arrays[:2])
+    expected, *want = plain_kl(*arrays, mask)
+    np.testing.assert_allclose(value, expected / 2, rtol=1e-6)
+    np.testing.assert_allclose(chunked(*arrays[:2]), value, rtol=1e-6)  # without a gradient
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b / 2, rtol=1e-5, atol=1e-6)
+    each = losses.token_kl(*arrays, max_logits=max_logits)
+    np.testing.assert_allclose((each * mask).sum() / 2, value, rtol=1e-6)
+
+
+def test_kl_of_a_tied_head_reaches_the_embedding(models):
+    hidden, head, *_, mask = models
+    embedding, teacher = head.T, hidden[::-1]
+
+    def loss(embedding, frozen):
+        return losses.kl_loss(hidden, embedding.T, teacher, frozen.T, mask)
+
+    got = jax.grad(loss)(embedding, embedding)
+    want = plain_kl(hidden, head, teacher, head, mask)[2]
+    np.testing.assert_allclose(got, want.T, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_is_at_no_distance_from_itself(models):
+    hidden, head, *_, mask = models
+
+    def loss(hidden):
+        return losses.kl_loss(hidden, head, jax.lax.stop_gradient(hidden), head, mask)
+
+    value, slope = jax.value_and_grad(loss)(hidden.astype(jnp.bfloat16))
+    assert value == 0 and not slope.any()
+
+
+def test_kl_in_bfloat16(models):
+    *arrays, mask = models
+    hidden, head, teacher, teacher_head = arrays
+    student, reference = hidden.astype(jnp.bfloat16), teacher.astype(jnp.bfloat16)
+
+    def loss(hidden, head):
+        return losses.kl_loss(hidden, head, reference, teacher_head, mask)
+
+    value, got = jax.value_and_grad(loss, argnums=(0, 1))(student, head)
+    assert value.dtype == got[1].dtype == jnp.float32 and got[0].dtype == jnp.bfloat16
+    expected, *want = plain_kl(*arrays, mask)
+    assert float(value) == pytest.approx(expected, rel=1e-2)
+    for a, b in zip(got, want, strict=True):
+        assert np.linalg.norm(np.asarray(a, np.float64) - b) < 2e-2 * np.linalg.norm(b)
+
+
+def test_head_products_of_a_kl_chunk(models):
+    """Three with a frozen head, four with one that trains; bfloat16 operands throughout."""
+    hidden, head, teacher, teacher_head, mask = models
+    hidden, teacher = hidden.astype(jnp.bfloat16), teacher.astype(jnp.bfloat16)
+
+    def loss(hidden, head):
+        return losses.kl_loss(hidden, head, teacher, teacher_head, mask)
+
+    for trained, count in ((0, 3), ((0, 1), 4)):
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums=trained))(hidden, head)
+        products = [e for e in _equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+        assert len(products) == count
+        assert all(v.aval.dtype == jnp.bfloat16 for e in products for v in e.invars)
+
+
+def test_sharded_kl_equals_unsharded(models):
+    hidden, head, teacher, teacher_head, mask = models
+
+    @jax.jit
+    def grad(hidden, head, teacher, teacher_head, mask):
+        return jax.value_and_grad(
+            lambda h, w: losses.kl_loss(h, w, teacher, teacher_head, mask, max_logits=2 * 3 * E),
+            argnums=(0, 1),
+        )(hidden, head)
+
+    want = plain_kl(*models)
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put((hidden, teacher, mask), sharding.batch_sharding(mesh))
+        heads = [_placed_head(w, mesh) for w in (head, teacher_head)]
+        args = rows[0], heads[0], rows[1], heads[1], rows[2]
+        compiled = grad.lower(*args).compile()
+        value, slopes = compiled(*args)
+    np.testing.assert_allclose(value, want[0], rtol=1e-5)
+    for a, b in zip(slopes, want[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    _assert_reduced_once(compiled)

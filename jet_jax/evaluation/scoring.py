@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jet_jax.evaluation.rows import Rows
-from jet_jax.losses import MAX_LOGITS, _chunk_length, _join, _logits, _split, _target_logit
-from jet_jax.sharding import constrain, current_batch_shards
+from jet_jax.head_chunks import MAX_LOGITS, map_logits
+from jet_jax.losses import kl_divergence, target_logprob
 
 EDGES = (128, 512, 2048)  # positions that begin a new bucket
 
@@ -61,26 +61,18 @@ def token_scores(
                 f"{head.shape[1]}; their predictions can be compared over one vocabulary only"
             )
         pairs.append((teacher_hidden, teacher_head))
-    shards = current_batch_shards(hidden.shape[0])
-    chunk = _chunk_length(hidden.shape, head.shape[1], shards, max_logits // len(pairs))
-    heads = [constrain(w.astype(h.dtype), "de") for h, w in pairs]
 
-    @jax.checkpoint
-    def one(xs):
-        y, *states = xs
-        logits = [_logits(h, w) for h, w in zip(states, heads, strict=True)]
-        logs = [x - jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in logits]
-        best = [x.argmax(-1) for x in logits]
-        out = {"logprob": _target_logit(logs[0], y), "correct": best[0] == y}
-        if len(logs) == 2:
-            out["kl"] = (jnp.exp(logs[1]) * (logs[1] - logs[0])).sum(-1)
-            out["agree"] = best[0] == best[1]
-            out["teacher_logprob"] = _target_logit(logs[1], y)
+    def one(logits, *others):
+        *teachers, y = others
+        best = logits.argmax(-1)
+        out = {"logprob": target_logprob(logits, y), "correct": best == y}
+        for teacher in teachers:
+            out["kl"] = kl_divergence(logits, teacher)
+            out["agree"] = best == teacher.argmax(-1)
+            out["teacher_logprob"] = target_logprob(teacher, y)
         return out
 
-    xs = tuple(_split(x, chunk, shards) for x in (targets, *(h for h, _ in pairs)))
-    out = jax.lax.map(one, xs)
-    return {name: _join(x, hidden.shape[1]) for name, x in out.items()}
+    return map_logits(one, pairs, targets, max_logits=max_logits)
 
 
 def item_sums(

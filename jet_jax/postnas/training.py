@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jet_jax import losses, sharding
+from jet_jax.layer_errors import output_error
 from jet_jax.postnas import supernet
 from jet_jax.postnas.path_optim import PathOptimizer
 from jet_jax.postnas.paths import LINEAR, PathLaw, sample_path
@@ -52,29 +53,6 @@ class PathLoss:
     def __post_init__(self) -> None:
         if self.mse < 0 or self.kl < 0 or self.mse + self.kl == 0:
             raise ValueError(f"loss weights mse={self.mse}, kl={self.kl}: one must be positive")
-
-
-def output_error(
-    output: Float[Array, "B T D"],
-    target: Float[Array, "B T D"],
-    mask: Float[Array, "B T"],
-    normalise: bool = True,
-) -> Float[Array, ""]:
-    """Mean squared error over the real tokens, over the target's variance.
-
-    Args:
-      output: a mixer's output.
-      target: the teacher's; gets no gradient.
-      mask: 1 for real tokens.
-      normalise: whether to divide by the variance, of this batch.
-    """
-    weight = mask[..., None] / jnp.maximum(mask.sum() * output.shape[-1], 1.0)
-    target = jax.lax.stop_gradient(target).astype(jnp.float32)
-    error = (weight * (output.astype(jnp.float32) - target) ** 2).sum()
-    if not normalise:
-        return error
-    mean = (weight * target).sum()
-    return error / jnp.maximum((weight * (target - mean) ** 2).sum(), 1e-12)
 
 
 def token_mask(batch: Batch) -> Float[Array, "B T"]:
@@ -142,8 +120,7 @@ def path_loss(
     head = net.head_kernel(frozen)
     mse, kl = errors.mean(), jnp.zeros(())
     if loss.kl:
-        kl = losses.token_kl(hidden, head, reference, head)
-        kl = (kl * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+        kl = losses.kl_loss(hidden, head, reference, head, mask) / jnp.maximum(mask.sum(), 1.0)
     return loss.mse * mse + loss.kl * kl, {"mse": mse, "kl": kl}
 
 
