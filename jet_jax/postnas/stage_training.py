@@ -32,7 +32,6 @@ from jet_jax.step import TrainState
 from jet_jax.stopping import StopRequest
 from jet_jax.train_checkpoint import flat_leaves, restore_arrays, restore_data
 
-
 Shardings = Callable[[Any, Mesh], Any]
 
 
