@@ -191,17 +191,50 @@ def make_train_step(
       float32 scalars on device: `loss` (mean nats a token), `accuracy`, `tokens`, `grad_norm`
       (before clipping) and `lr`.
     """
-    state_shardings = sharding.shardings(state, mesh)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def loss(params: PyTree, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        return batch_loss(graphdef, params, batch, dtype, z_loss)
+
+    return make_loss_step(loss, optimizer, schedule, state, mesh, accumulation=accumulation)
+
+
+def make_loss_step(
+    loss: Callable[..., tuple[Float[Array, ""], Metrics]],
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    accumulation: int = 1,
+    others: tuple[PyTree, ...] = (),
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Builds the jitted training step of any loss that is a sum over tokens.
+
+    Args:
+      loss: `(params, batch, *others) -> (total, sums)`: the differentiable sum, and what the
+        metrics are made of, summed over the tokens with `loss_mask`.
+      optimizer: from `optim.make_optimizer`.
+      schedule: its learning rate, for the metrics.
+      state: the state, or its `ShapeDtypeStruct`s.
+      mesh: the mesh; the caller keeps `jax.set_mesh(mesh)` in force.
+      accumulation: number of parts that a batch is worked off in.
+      others: weights, or their `ShapeDtypeStruct`s, that the loss reads and nobody trains.
+
+    Returns:
+      `step(state, batch, *others) -> (state, metrics)`; only the old state's buffers are donated.
+      Metrics are as for `make_train_step`, `sums` over the tokens of the whole batch.
+    """
+    state_shardings = sharding.shardings(state, mesh)
+    others_shardings = tuple(sharding.shardings(tree, mesh) for tree in others)
+
+    def train_step(state: TrainState, batch: Batch, *others: PyTree) -> tuple[TrainState, Metrics]:
         tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
 
-        def loss(params, part):
-            params = optim.combine(params, state.frozen)
-            total, sums = batch_loss(graphdef, params, part, dtype, z_loss)
+        def mean_loss(params, part):
+            total, sums = loss(optim.combine(params, state.frozen), part, *others)
             return total / tokens, sums
 
-        grad = jax.grad(loss, has_aux=True)
+        grad = jax.grad(mean_loss, has_aux=True)
         if accumulation == 1:
             grads, sums = grad(state.params, batch)
         else:
@@ -209,10 +242,7 @@ def make_train_step(
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {
-            "loss": sums["loss"] / tokens,
-            "accuracy": sums["correct"] / tokens,
-            "tokens": sums["tokens"],
+        metrics = _means(sums, tokens) | {
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
         }
@@ -220,7 +250,7 @@ def make_train_step(
 
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh), *others_shardings),
         # Without these a replicated vector may come back split after a step.
         out_shardings=(state_shardings, sharding.replicated(mesh)),
         donate_argnums=0,
@@ -248,7 +278,7 @@ def evaluate(
     batches: Iterable[Batch],
     mesh: Mesh,
 ) -> dict[str, float]:
-    """Mean loss and accuracy over batches: `loss` in nats a token, `accuracy`, and `tokens`.
+    """Means over the tokens of batches: `loss` in nats a token, `accuracy`, ..., and `tokens`.
 
     Args:
       eval_step: from `make_eval_step`.
@@ -258,9 +288,15 @@ def evaluate(
     """
     sums = [eval_step(params, sharding.put_batch(batch, mesh)) for batch in batches]
     total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
-    tokens = max(total["tokens"], 1.0)
-    accuracy = total["correct"] / tokens
-    return {"loss": total["loss"] / tokens, "accuracy": accuracy, "tokens": tokens}
+    return _means(total, max(total["tokens"], 1.0))
+
+
+def _means(sums, tokens):
+    """Sums over tokens as means of them, `tokens` itself left as it is."""
+    means = {name: value / tokens for name, value in sums.items() if name != "tokens"}
+    if "correct" in means:
+        means["accuracy"] = means.pop("correct")
+    return means | {"tokens": sums["tokens"]}
 
 
 def _accumulate(grad, params, batch, parts):
@@ -276,9 +312,7 @@ def _accumulate(grad, params, batch, parts):
     def one(carry, part):
         return jax.tree.map(jnp.add, carry, grad(params, part)), None
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (
-        jax.tree.map(jnp.zeros_like, params),
-        {"loss": zero, "tokens": zero, "correct": zero},
-    )
-    return jax.lax.scan(one, start, jax.tree.map(split, batch))[0]
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(one, start, parts)[0]
