@@ -19,14 +19,15 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jet_jax import command_line, processes, sharding
+from jet_jax.postnas.search import Search
 from jet_jax.postnas.search_config import SearchConfig
 from jet_jax.postnas.stage_training import Stopped
-from jet_jax.postnas.stages import STAGES, Search
+from jet_jax.postnas.stages import STAGES, check_gates, run
 from jet_jax.progress import Display
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings.", lock_config=True)
 _STAGE = flags.DEFINE_enum(
-    "stage", None, STAGES, "Runs this stage alone; later ones are to be run anew."
+    "stage", None, list(STAGES), "Runs this stage alone; later ones are to be run anew."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -44,7 +45,7 @@ def prepare(config: SearchConfig, workdir: Path) -> Search:
     return search
 
 
-def run(search: Search, only: str | None) -> None:
+def search_all(search: Search, only: str | None) -> None:
     """Runs one stage, or all that are not done."""
     display = Display(0, live=False)
     teacher = search.teacher
@@ -52,12 +53,13 @@ def run(search: Search, only: str | None) -> None:
         f"{jax.device_count()} x {jax.devices()[0].device_kind}; teacher of {teacher.num_layers} "
         f"layers and {teacher.param_count():,} parameters, linear path {search.net.kind}"
     )
+    check_gates(search)
     for stage in [only] if only else STAGES:
         if search.is_done(stage) and not only and stage != "report":
             display.say(f"{stage}: done before")
             continue
         start = time.perf_counter()
-        result = search.run(stage)
+        result = run(search, stage)
         said = [f"{stage}: {time.perf_counter() - start:.1f} s"]
         if stage == "placement":
             said.append(f"full attention in layers {result['full']['layers']}")
@@ -73,7 +75,7 @@ def main(argv):
     try:
         config = SearchConfig.from_dict(_CONFIG.value.to_dict())
         search = prepare(config, Path(_WORKDIR.value or command_line.default_workdir()))
-        run(search, _STAGE.value)
+        search_all(search, _STAGE.value)
     except Stopped as stopped:
         print(f"{stopped}. Run the same command again to go on.")
     except (ValueError, OSError) as error:

@@ -13,8 +13,9 @@ from flax import nnx
 import jet_jax
 from jet_jax.models.lm import HybridLM
 from jet_jax.postnas import stages
+from jet_jax.postnas.search import Search
 from jet_jax.postnas.search_config import SearchConfig
-from jet_jax.postnas.stages import STAGES, Search
+from jet_jax.postnas.stages import STAGES, check_gates, run
 from jet_jax.sharding import make_mesh
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "quickstart"
@@ -87,7 +88,7 @@ def done(teacher, mesh, tmp_path_factory):
     """A search that has run all stages."""
     search = Search(settings(teacher), tmp_path_factory.mktemp("search"), mesh)
     search.check()
-    return search, {stage: search.run(stage) for stage in STAGES}
+    return search, {stage: run(search, stage) for stage in STAGES}
 
 
 def test_all_stages_leave_their_results(done):
@@ -152,12 +153,12 @@ def test_a_killed_stage_goes_on_with_the_same_losses(done, teacher, mesh, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages.training, "make_align_step", dying)
         with pytest.raises(Killed):
-            other.run("align")
+            run(other, "align")
     assert not other.is_done("align")
     scores = other.workdir / "placement" / "scores.json"
     scores.parent.mkdir()
     scores.write_text("[]")
-    other.run("align")
+    run(other, "align")
     assert not scores.exists()  # they were of other weights
 
     def losses(workdir):
@@ -186,7 +187,7 @@ def test_what_is_wrong_is_told_before_any_compute(teacher, mesh, tmp_path):
     with pytest.raises(ValueError, match="is no objective"):
         settings(teacher, placement={"objectives": objectives, "full_by": "other"})
     with pytest.raises(ValueError, match="run it with --stage=placement"):
-        Search(settings(teacher), tmp_path, mesh).run("hybrid")
+        run(Search(settings(teacher), tmp_path, mesh), "hybrid")
     assert not (tmp_path / "new").exists()
 
 
@@ -199,7 +200,9 @@ def test_a_teacher_that_cannot_do_the_task_ends_the_search(teacher, mesh, tmp_pa
     search = Search(config, tmp_path, mesh)
     search.check()
     with pytest.raises(ValueError, match="objective recall: the teacher's accuracy is 0.0"):
-        search.run("placement")
+        check_gates(search)  # before anything is trained
+    with pytest.raises(ValueError, match="objective recall"):
+        run(search, "placement")
 
 
 def test_another_searchs_workdir_is_refused(done, teacher, mesh):

@@ -1,0 +1,217 @@
+"""A search in one workdir: what it was told, what follows from that, and its weights so far."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jet_jax import data, io, sharding
+from jet_jax.config import ModelConfig
+from jet_jax.evaluation.tasks import Settings, find, read_documents
+from jet_jax.params import flatten, split
+from jet_jax.postnas import supernet
+from jet_jax.postnas.inherit import matched_options
+from jet_jax.postnas.initialise import linear_weights
+from jet_jax.postnas.objectives import Objective, check_objectives
+from jet_jax.postnas.path_scores import PathScorer
+from jet_jax.postnas.placement import Placement
+from jet_jax.postnas.search_config import ObjectiveConfig, SearchConfig
+from jet_jax.postnas.stage_training import StageCheckpoints
+from jet_jax.postnas.supernet import Supernet
+
+# Settings that say how a search is computed, not what it is.
+HOW = (
+    r"(mesh|distributed)\.|(log_every|checkpoint_every|compile_cache)$|data\.(num_threads|prefetch)$"
+    r"|placement\.(batch_size|chunk)$|supernet\.accumulation$"
+)
+
+
+@dataclass
+class Search:
+    """A search in one workdir.
+
+    Attributes:
+      config: what to do.
+      workdir: where to write.
+      mesh: device mesh.
+    """
+
+    config: SearchConfig
+    workdir: Path
+    mesh: Mesh
+
+    # ---- what is known before anything is computed ----------------------------------------------
+
+    @cached_property
+    def teacher(self) -> ModelConfig:
+        """The teacher's config, in the compute dtype of the search."""
+        config = io.load_config(self.config.teacher)
+        return config.replace(dtype=self.config.dtype or config.dtype)
+
+    @cached_property
+    def net(self) -> Supernet:
+        """The supernet's structure."""
+        supernet.check_teacher(self.teacher)
+        linear, window = self.config.linear, self.config.placement.window
+        attention = dict(self.teacher.mixers).get("attn") or self.teacher.options("swa")
+        options = dict(linear.options)
+        made: Any = options or matched_options(linear.kind, attention, self.teacher.hidden_size)
+        return Supernet.of(self.teacher, linear.kind, made, window)
+
+    @cached_property
+    def objectives(self) -> list[Objective]:
+        """The objectives with their rows, of the split "search"."""
+        tokenizer = data.load_tokenizer(self.config.data.tokenizer, self.teacher.vocab_size)
+        out = []
+        for name, wanted in self.config.placement.objectives.items():
+            task = find([wanted.task])[wanted.task]
+            rows = task.rows(tokenizer, _settings(wanted, "search"))
+            out.append(Objective(name, rows, wanted.figure, wanted.gate))
+        check_objectives(out)
+        return out
+
+    def check(self) -> None:
+        """Finds what is wrong with the settings before any compute is spent.
+
+        Raises:
+          ValueError: naming what does not fit, or a workdir of another search.
+          OSError: a file cannot be read.
+        """
+        sharding.check_batch(
+            self.config.data.batch_size, self.mesh, self.config.supernet.accumulation
+        )
+        sharding.check_batch(self.config.placement.batch_size, self.mesh)
+        if jax.process_count() > 1:
+            raise ValueError("a search runs in one process so far; give it one host's devices")
+        path, mine = self.workdir / "search.json", _plain(self.config.to_dict())
+        if path.exists():
+            there = flatten(json.loads(path.read_text(encoding="utf-8")))
+            changed = [
+                f"  {name}: {there[name]!r} there, {value!r} here"
+                for name, value in flatten(mine).items()
+                if name in there and there[name] != value and not re.match(HOW, name)
+            ]
+            if changed:
+                lines = "\n".join(changed)
+                raise ValueError(
+                    f"{self.workdir} holds another search:\n{lines}\nGive another --workdir."
+                )
+        placement = Placement(self.config.placement, self.scorer({}))
+        placement.check()
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, mine)
+
+    # ---- weights ------------------------------------------------------------------------------
+
+    @cached_property
+    def teacher_weights(self) -> dict[str, Any]:
+        """The teacher's weights in the compute dtype, layers stacked."""
+        model = io.load(self.config.teacher, dtype=self.teacher.dtype, mesh=self.mesh)
+        stack = supernet.stack(split(model)[1])
+        return jax.device_put(stack, supernet.shardings(stack, self.mesh))
+
+    def start_weights(self) -> dict[str, Any]:
+        """The linear paths before any training."""
+        linear = self.config.linear
+        batches: Iterable[Any] = ()
+        with closing(self.batches(2)) as iterator, jax.set_mesh(self.mesh):
+            if linear.init == "copy_refit":
+                batches = (
+                    sharding.put_batch(b, self.mesh) for b in islice(iterator, linear.refit_batches)
+                )
+            key = jax.random.key(self.config.seed)
+            weights = linear_weights(self.net, self.teacher_weights, linear.init, key, batches)
+        return jax.device_put(weights, supernet.shardings({"linear": weights}, self.mesh)["linear"])
+
+    def trained(self, *stages: str) -> dict[str, Any]:
+        """What the last of the stages that has run has trained; the start where none has any steps.
+
+        Raises:
+          ValueError: a stage that has steps is not done yet.
+        """
+        shapes = {"linear": jax.eval_shape(self.net.random_linear, jax.random.key(0))}
+        for stage in stages:
+            if getattr(self.config, stage).steps == 0:
+                continue
+            self.require(stage)
+            if stage == "supernet" and self.config.supernet.train_full:
+                shapes["full"] = _float32_shapes(self.teacher_weights["layers"]["mixer"])
+            with closing(StageCheckpoints(self.workdir / stage)) as checkpoints:
+                return checkpoints.trained(shapes, self.mesh)
+        return {"linear": self.start_weights()}
+
+    def batches(self, stage: int) -> data.TrainIterator:
+        """The training data in an order of its own for each stage; the caller closes it."""
+        config = self.config.data
+        return data.make_train_iterator(
+            dataclasses.replace(config, seed=(config.seed + stage) % 2**32),
+            vocab_size=self.teacher.vocab_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def params(self) -> dict[str, Any]:
+        """The supernet's weights as its last stage left them."""
+        return {**self.trained("supernet", "align"), "teacher": self.teacher_weights}
+
+    def scorer(self, params: Mapping[str, Any]) -> PathScorer:
+        """Scores paths through a supernet of these weights."""
+        c = self.config.placement
+        return PathScorer(
+            self.net, params, self.objectives, self.mesh, batch_size=c.batch_size, chunk=c.chunk
+        )
+
+    # ---- results ------------------------------------------------------------------------------
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage has left its result."""
+        return (self.workdir / f"{stage}.json").is_file()
+
+    def require(self, stage: str) -> None:
+        """Raises ValueError if a stage is not done."""
+        if not self.is_done(stage):
+            raise ValueError(
+                f"{self.workdir} has no result of the stage {stage!r} yet; run it with "
+                f"--stage={stage}, or all stages without --stage"
+            )
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """A stage's result. Raises ValueError if it is not done."""
+        self.require(stage)
+        return json.loads((self.workdir / f"{stage}.json").read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file as a whole."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _settings(wanted: ObjectiveConfig, split_name: str) -> Settings:
+    documents = read_documents(wanted.documents) if wanted.documents else ()
+    return Settings(
+        length=wanted.length, items=wanted.num_items, seed=wanted.seed, split=split_name,
+        documents=documents,
+    )  # fmt: skip
+
+
+def _float32_shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), tree)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back."""
+    return json.loads(json.dumps(value))
