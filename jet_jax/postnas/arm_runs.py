@@ -41,6 +41,7 @@ from jet_jax.postnas.json_files import read_json, write_json
 from jet_jax.postnas.objectives import Objective
 from jet_jax.postnas.paths import LINEAR
 from jet_jax.postnas.rates import learning_rates, make_rate_optimizer
+from jet_jax.postnas.refit import output_name
 from jet_jax.postnas.stage_training import Loop, StageCheckpoints
 from jet_jax.step import TrainState, abstract_model, cast_params, make_loss_step
 
@@ -88,13 +89,15 @@ class ArmRuns:
         """Raises ValueError, naming the arm, for what does not fit; computes nothing."""
         config, settings = self.config, self.settings
         try:
-            jax.eval_shape(
+            mixers = jax.eval_shape(
                 lambda params: new_mixers(
                     config, dataclasses.replace(self.context.teacher, params=params),
                     self.new_layers, settings.init.removesuffix("_refit"), jax.random.key(0),
                 ),
                 self.context.teacher.params,
             )  # fmt: skip
+            if settings.init == "copy_refit":
+                output_name(next(iter(mixers.values())))
         except ValueError as error:
             raise ValueError(
                 f"arm {self.name!r} cannot start with init={settings.init!r}: {error}. "

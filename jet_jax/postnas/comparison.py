@@ -221,7 +221,8 @@ def describe(runs: ArmRuns) -> dict[str, Any]:
     }
     if settings.measure is not None:
         sizes = dataclasses.asdict(settings.measure)
-        measured = measure(config, **sizes, directory=runs.context.measurements)
+        directory = runs.context.measurements or runs.folder.parent / "_speeds"
+        measured = measure(config, **sizes, directory=directory)
         names = ("decode_tokens_s", "prefill_tokens_s", "device", "note")
         out |= {"context": sizes["context"], "speeds": {name: measured[name] for name in names}}
     return out | {"cache_bytes": config.cache_bytes(out["context"])}

@@ -35,7 +35,8 @@ class ComparisonContext:
       batch_size: rows that are judged at a time.
       log_every: steps between records.
       checkpoint_every: steps between checkpoints; 0 for none but the last.
-      measurements: folder of measured speeds, which searches may share; None keeps none.
+      measurements: folder of measured speeds, which searches may share; None takes one in the
+        comparison's own folder.
     """
 
     teacher: Teacher
