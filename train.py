@@ -6,6 +6,9 @@ Any setting can be changed on the command line: `--config.optim.lr=1e-3 --config
 the same command again and it continues from the newest checkpoint in the workdir, with the same
 batches and the same numbers as if it had never stopped. SIGTERM or Ctrl-C saves and ends it.
 
+With a teacher (configs/distill.py) the loss is that of distillation, and validation tells the
+next-token loss and the KL to the teacher.
+
 In the workdir: `checkpoints/`, `tokenizer/`, `metrics.jsonl`, `tensorboard/`, `loss_curve.png`.
 """
 
@@ -26,6 +29,7 @@ from ml_collections import config_flags
 from jet_jax import (
     command_line,
     data,
+    distill,
     io,
     loss_curve,
     metrics,
@@ -66,6 +70,7 @@ class Run:
     checkpoints: TrainCheckpoints
     sample: TextSampler | None
     stack: ExitStack  # what has to be closed in the end
+    flops_per_token: float = 0.0  # of a step
 
 
 def prepare(config: TrainConfig, workdir: Path) -> Run:
@@ -84,6 +89,10 @@ def prepare(config: TrainConfig, workdir: Path) -> Run:
     model = model.replace(dtype=config.dtype or model.dtype)
     dtype = jnp.dtype(model.dtype)
     graphdef, shapes = step.abstract_model(model, config.remat)
+    flops = 3 * model.flops_per_token(config.data.seq_len)
+    if config.distill is not None:
+        guide = distill.check_teacher(config.distill, model)
+        flops = distill.flops_per_token(config.distill, model, guide, config.data.seq_len)
 
     # ---- data ---------------------------------------------------------------------------------
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -114,11 +123,16 @@ def prepare(config: TrainConfig, workdir: Path) -> Run:
                 weights = step.random_params(model, mesh, config.seed)
             where = sharding.shardings(abstract, mesh)
             state = jax.jit(init, out_shardings=where, donate_argnums=0)(weights)
-    train_step = step.make_train_step(
-        graphdef, optimizer, schedule, abstract, mesh,
-        dtype=dtype, accumulation=config.accumulation, z_loss=config.z_loss,
-    )  # fmt: skip
-    eval_step = step.make_eval_step(graphdef, shapes, mesh, dtype=dtype)
+    how = {"dtype": dtype, "accumulation": config.accumulation, "z_loss": config.z_loss}
+    if config.distill is None:
+        train_step = step.make_train_step(graphdef, optimizer, schedule, abstract, mesh, **how)
+        eval_step = step.make_eval_step(graphdef, shapes, mesh, dtype=dtype)
+    else:
+        teacher = distill.load_teacher(config.distill.teacher, model.dtype, mesh)
+        display.say(f"Learning from {config.distill.teacher}.")
+        train_step, eval_step = distill.make_steps(
+            config.distill, graphdef, teacher, optimizer, schedule, abstract, mesh, **how
+        )
 
     # ---- tokenizer and text samples -----------------------------------------------------------
     if jax.process_index() == 0:
@@ -133,7 +147,7 @@ def prepare(config: TrainConfig, workdir: Path) -> Run:
     stack = ExitStack()
     stack.enter_context(closing(checkpoints))
     return Run(config, workdir, model, mesh, state, train_step, eval_step, train, valid,
-               checkpoints, sample, stack)  # fmt: skip
+               checkpoints, sample, stack, flops)  # fmt: skip
 
 
 def check_finite(n, values):
@@ -152,16 +166,16 @@ def loop(run: Run) -> bool:
     display = run.stack.enter_context(closing(Display(last, start)))
     stop = run.stack.enter_context(closing(StopRequest()))
     batch_tokens = config.data.batch_size * config.data.seq_len
-    speed = metrics.Throughput(
-        3 * run.model.flops_per_token(config.data.seq_len), metrics.peak_flops()
-    )
+    speed = metrics.Throughput(run.flops_per_token, metrics.peak_flops())
 
     def evaluate(n):
         values = step.evaluate(run.eval_step, state.all_params(), run.valid, run.mesh)
         writer.write(n, "valid", values)
         loss = values["loss"]
         perplexity = math.exp(min(loss, 700))  # beyond it exp overflows
-        display.say(f"step {n}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        text = f"step {n}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
+        text += f", KL to the teacher {values['kl']:.4f}" if "kl" in values else ""
+        display.say(text)
 
     def show_samples(n):
         assert run.sample is not None

@@ -18,8 +18,12 @@ from jet_jax.train_config import DistributedConfig, MeshConfig, TrainConfig
 
 
 def defaults() -> Any:
-    """A `ConfigDict` of all settings but the model; blanks are placeholders of the right type."""
-    config = fields(TrainConfig, leave_out=("model", "data", "optim", "mesh", "distributed"))
+    """A `ConfigDict` of all settings but the model and a teacher.
+
+    Blanks are placeholders of the right type.
+    """
+    sections = ("data", "optim", "mesh", "distributed")
+    config = fields(TrainConfig, leave_out=("model", "distill", *sections))
     config.data = fields(DataConfig)
     config.optim = fields(OptimConfig)
     config.mesh = fields(MeshConfig)

@@ -256,6 +256,35 @@ def make_distill_eval_step(
     )
 
 
+def make_steps(
+    config: DistillConfig,
+    graphdef: Any,
+    teacher: Teacher,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    state: TrainState,
+    mesh: Mesh,
+    **how: Any,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both steps with the teacher's weights at hand, for a loop that knows of no teacher.
+
+    Args:
+      config, graphdef, teacher, optimizer, schedule, state, mesh: as for `make_distill_step`.
+      how: its keywords.
+
+    Returns:
+      `(state, batch) -> (state, metrics)` and `(params, batch) -> sums`.
+    """
+    train = make_distill_step(config, graphdef, teacher, optimizer, schedule, state, mesh, **how)
+    evaluate = make_distill_eval_step(
+        graphdef, state.all_params(), teacher, mesh, dtype=how["dtype"]
+    )
+    return (
+        lambda state, batch: train(state, batch, teacher.params),
+        lambda params, batch: evaluate(params, batch, teacher.params),
+    )
+
+
 def flops_per_token(
     config: DistillConfig, student: ModelConfig, teacher: ModelConfig, context: int
 ) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jet_jax.config import DTYPES, ModelConfig
 from jet_jax.data.config import DataConfig
+from jet_jax.distill import DistillConfig
 from jet_jax.io import tokenizer_dir
 from jet_jax.mixer_options import build
 from jet_jax.models import remat
@@ -63,6 +64,8 @@ class TrainConfig:
       accumulation: parts that a batch is worked off in, to save memory.
       remat: what a layer keeps for its backward pass, see `jet_jax.models.remat`.
       z_loss: coefficient of the squared log-partition in the loss.
+      distill: a teacher to learn from in place of the text alone, see `DistillConfig`; None for
+        none.
       log_every: steps between records of the training metrics.
       eval_every: steps between validations; 0 for none but the last.
       eval_batches: batches of a validation; None for all.
@@ -91,6 +94,7 @@ class TrainConfig:
     accumulation: int = 1
     remat: str = "none"
     z_loss: float = 0.0
+    distill: DistillConfig | None = None
     log_every: int = 10
     eval_every: int = 0
     eval_batches: int | None = None
@@ -114,6 +118,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         remat.check(self.remat)
+        if self.z_loss and self.distill is not None and not self.distill.ce:
+            raise ValueError(f"z_loss={self.z_loss} belongs to the cross-entropy; set distill.ce.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -136,6 +142,7 @@ class TrainConfig:
             "optim": OptimConfig,
             "mesh": MeshConfig,
             "distributed": DistributedConfig,
+            "distill": DistillConfig,
         }
         for name, section in sections.items():
             if isinstance(values.get(name), Mapping):
