@@ -1,6 +1,6 @@
 """The supernet's training steps at Jet-Nemotron-2B's size on one device: JSON.
 
-    python benchmarks/supernet.py OUT.json [--batch N] [--length N] [--steps N] [--small]
+    python benchmarks/supernet.py OUT.json [--batch N] [--length N] [--steps N] [--remat NAME]
 
 The teacher has Qwen2.5-1.5B's shapes and random weights, the linear path is gated linear attention
 with a state of 4 x 192 x 384 elements a layer, as in the paper's search. Timed are the step on
@@ -88,6 +88,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument(
+        "--remat", choices=supernet.REMATS, default="mixer", help="what a path step computes again"
+    )
     parser.add_argument("--small", action="store_true", help="a few narrow layers, to try it")
     parser.add_argument("--trace", type=Path, help="folder for a profile of three path steps")
     args = parser.parse_args()
@@ -113,11 +116,13 @@ def main() -> None:
         "matmul_tflop_s": ceilings.matmul_tflop_s,
         "batch": args.batch,
         "length": args.length,
+        "remat": args.remat,
         "teacher_parameters": teacher.param_count(),
         "linear_parameters": sum(x.size for x in jax.tree.leaves(weights["linear"])),
-        # A token: teacher forward, student forward, once more in the backward pass, and gradients
-        # of activations; those of the linear weights are small beside them.
-        "flops_per_token": 4 * teacher.flops_per_token(args.length),
+        # A token of the path step: teacher forward, student forward and the gradients of
+        # activations, one forward each. Not counted: gradients of the linear weights, which are
+        # small beside them, and what remat computes again.
+        "flops_per_token": 3 * teacher.flops_per_token(args.length),
     }
 
     def note(name: str, result: dict[str, Any]) -> None:
@@ -128,8 +133,9 @@ def main() -> None:
     with jax.set_mesh(mesh):
         batch = sharding.put_batch(batch, mesh)
         step = training.make_path_step(
-            net, optimizer, state, mesh, law=PathLaw(max_full=12), loss=training.PathLoss(), seed=0
-        )
+            net, optimizer, state, mesh, law=PathLaw(max_full=12), loss=training.PathLoss(),
+            seed=0, remat=args.remat,
+        )  # fmt: skip
         state, result = timed(step, state, batch, args.steps)
         note("paths", result)
         if args.trace:

@@ -173,8 +173,8 @@ def _summed_loss(chunk_loss, chunks, hidden, head, rows, shared):
 
 def _summed_loss_fwd(chunk_loss, chunks, hidden, head, rows, shared):
     head_trains = head.perturbed
-    hidden, head, rows, shared = jax.tree.map(
-        lambda x: x.value, (hidden, head, rows, shared), is_leaf=lambda x: hasattr(x, "perturbed")
+    hidden, head, rows, shared = jax.custom_derivatives.custom_vjp_primal_tree_values(
+        (hidden, head, rows, shared)
     )
     master_dtype = jnp.zeros((), head.dtype)  # a residual must be an array
     head = cast_head(head, hidden)
@@ -262,5 +262,10 @@ def _kl_and_slope(logits, teacher_logits):
     x, y = (z - jax.lax.stop_gradient(z.max(-1, keepdims=True)) for z in (logits, teacher_logits))
     exp_x, exp_y = jnp.exp(x), jnp.exp(y)
     sum_x, sum_y = exp_x.sum(-1), exp_y.sum(-1)
-    kl = (exp_y * (y - x)).sum(-1) / sum_y + jnp.log(sum_x) - jnp.log(sum_y)
+    # log(sum_x / sum_y); near 1 by the sum of differences, which is 0 for equal logits whatever
+    # order the compiler adds each sum up in.
+    change = (exp_x - exp_y).sum(-1) / sum_y
+    near = jnp.log1p(jnp.clip(change, -0.5, 0.5))
+    log_ratio = jnp.where(jnp.abs(change) < 0.5, near, jnp.log(sum_x / sum_y))
+    kl = (exp_y * (y - x)).sum(-1) / sum_y + log_ratio
     return kl, exp_x / sum_x[..., None] - exp_y / sum_y[..., None]

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jet_jax import sharding
@@ -31,15 +32,20 @@ from jet_jax.mixers import MIXERS
 from jet_jax.mixers.context import Context, Place
 from jet_jax.models.block import Block
 from jet_jax.models.lm import HybridLM
-from jet_jax.models.remat import remat
 from jet_jax.params import split
 from jet_jax.postnas.paths import LINEAR, WINDOW
+from jet_jax.postnas.switch import switch
 from jet_jax.sharding import constrain, tensor_shards
 from jet_jax.step import cast_params
 from kernels_pallas import segment_positions
 
 SOFTMAX = ("attn", "swa")
 STACKED = ("layers", "linear", "full")  # keys below which every array has a leading axis of layers
+# What the backward pass computes again. "mixer": norms, and mixers but for their outputs; the MLPs'
+# two inner products are kept, 4 F bytes a token and layer in bfloat16 for an MLP of width F.
+# "layer": the MLPs too.
+REMATS = ("mixer", "layer")
+MIXED = "mixed"  # name of a mixer's output, which is always kept
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,8 @@ class Supernet:
         """
 
         def branch(kind, part):
-            def run(h):
+            def run(operands):
+                weights, h, ctx = operands
                 mixer = nnx.merge(self._structures[kind], weights[part])
                 return constrain(mixer(constrain(h, "btd"), ctx)[0], "btd")
 
@@ -195,13 +202,15 @@ class Supernet:
         branches = [branch("attn", "full"), branch(self.kind, "linear")]
         if self.has_window:
             branches.append(branch("swa", "full"))
+        operands = weights, h, ctx
         if isinstance(choice, int):
-            return branches[choice](h)
+            return branches[choice](operands)
         if tensor_shards() == 1:
-            return jax.lax.switch(choice, branches, h)
+            mixers = {part: weights[part] for part in ("linear", "full")}
+            return switch(tuple(branches), choice, (mixers, h, ctx))
         # Split over heads too, a conditional's derivative comes out wrong (jax 0.11.2, seen on a
         # mesh of 2 x 2 x 2 with one row a device), so there every branch is computed.
-        return jax.lax.select_n(choice, *(run(h) for run in branches))
+        return jax.lax.select_n(choice, *(run(operands) for run in branches))
 
     def layer(self, weights: Mapping[str, Any]) -> Block:
         """A layer's norms and MLP (and the teacher's mixer) as a module."""
@@ -243,6 +252,7 @@ class Supernet:
         *,
         each: Any = None,
         targets: Any = None,
+        remat: str = "mixer",
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Runs the network along a path.
 
@@ -255,28 +265,45 @@ class Supernet:
           each: function of a mixer's output [B, T, D] and the layer's entry of `targets`, whose
             results are stacked over layers; None for none.
           targets: array or tree with a leading axis of layers.
+          remat: what the backward pass computes again, of `REMATS`.
 
         Returns:
           The output of the final norm, [B, T, D], and the stacked results [L, ...].
+
+        Raises:
+          ValueError: another `remat`.
         """
+        if remat not in REMATS:
+            raise ValueError(f"unknown remat {remat!r} for a supernet; known: {', '.join(REMATS)}")
         ctx = self.context(tokens, segment_ids, positions)
         weights = self.per_layer(params, jnp.dtype(self.config.dtype))
 
-        # A switch under reverse-mode derivatives keeps what every branch would need, unless the
-        # layer is computed again.
-        @partial(remat, name="full", in_scan=True)
-        def layer(x, choice, weights, target):
+        def mixer(x, choice, weights, target):
+            h = self.layer(weights).input_layernorm(x)
+            mixed = checkpoint_name(self.mix(choice, weights, h, ctx), MIXED)
+            return x + mixed, None if each is None else each(mixed, target)
+
+        def mlp(x, weights):
             block = self.layer(weights)
-            mixed = self.mix(choice, weights, block.input_layernorm(x), ctx)
-            x = x + mixed
-            x = constrain(x + block.mlp(block.post_attention_layernorm(x)), "btd")
-            return x, None if each is None else each(mixed, target)
+            return constrain(x + block.mlp(block.post_attention_layernorm(x)), "btd")
 
-        def body(x, xs):
-            return layer(x, *xs)
+        # In a scan the compiler cannot merge the two computations anyway.
+        checkpoint = partial(jax.checkpoint, prevent_cse=False)
+        policies = jax.checkpoint_policies
+        keep_mixed = policies.save_only_these_names(MIXED)
+        if remat == "mixer":
+            mixer = checkpoint(mixer, policy=keep_mixed)
+            mlp = checkpoint(mlp, policy=policies.dots_with_no_batch_dims_saveable)
 
+        def layer(x, xs):
+            choice, weights, target = xs
+            x, result = mixer(x, choice, weights, target)
+            return mlp(x, weights), result
+
+        if remat == "layer":
+            layer = checkpoint(layer, policy=keep_mixed)
         xs = (jnp.asarray(path), weights, targets)
-        x, results = jax.lax.scan(body, self.embed(params, tokens), xs)
+        x, results = jax.lax.scan(layer, self.embed(params, tokens), xs)
         return self._outside(params).norm(x), results
 
     def head_kernel(self, params: Mapping[str, Any]) -> Float[Array, "D E"]:

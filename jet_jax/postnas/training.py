@@ -98,9 +98,22 @@ def align_errors(
 
 
 def path_loss(
-    net: Supernet, params: Mapping[str, Any], path: Any, batch: Batch, loss: PathLoss
+    net: Supernet,
+    params: Mapping[str, Any],
+    path: Any,
+    batch: Batch,
+    loss: PathLoss,
+    remat: str = "mixer",
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss of one path on its own stream.
+
+    Args:
+      net: the supernet.
+      params: its weights.
+      path: int32 [L], may be traced.
+      batch: `tokens`, `segment_ids`, `positions` [B, T].
+      loss: what counts.
+      remat: see `Supernet.run`.
 
     Returns:
       The weighted sum, and `mse` (mean over layers) and `kl` (nats a token) on their own.
@@ -116,7 +129,7 @@ def path_loss(
 
     frozen = jax.lax.stop_gradient({k: v for k, v in params.items() if k != "full"})
     reference, targets = net.run(frozen, jnp.asarray(net.teacher_path), *where, each=output)
-    hidden, errors = net.run(params, path, *where, each=error, targets=targets)
+    hidden, errors = net.run(params, path, *where, each=error, targets=targets, remat=remat)
     head = net.head_kernel(frozen)
     mse, kl = errors.mean(), jnp.zeros(())
     if loss.kl:
@@ -149,7 +162,7 @@ def make_align_step(net: Supernet, optimizer: PathOptimizer, state: TrainState, 
         errors, grads = align_errors(net, {**state.params, **state.frozen}, batch)
         active = {"linear": jnp.ones(net.num_layers, bool)}
         metrics = {"loss": errors.mean(), "errors": errors}
-        return _updated(state, {"linear": grads}, optimizer, active, metrics)
+        return _updated(state, {"linear": grads}, optimizer, active, metrics, mesh)
 
     return _jit(align, state, mesh)
 
@@ -164,6 +177,7 @@ def make_path_step(
     loss: PathLoss,
     seed: int,
     accumulation: int = 1,
+    remat: str = "mixer",
 ) -> Step:
     """Builds the jitted step on one sampled path, `step(state, batch) -> (state, metrics)`.
 
@@ -178,8 +192,10 @@ def make_path_step(
       law: how paths are drawn.
       loss: what they are trained on.
       seed: of the paths.
-      accumulation: equal parts that a batch is worked off in, to save memory; each is normalised
-        by its own variance and tokens, and all count alike.
+      accumulation: parts of equally many rows that a batch is worked off in, to save memory. They
+        count by their real tokens, so the loss is that of one large batch, but for the teacher's
+        variance, which is each part's own.
+      remat: what the backward pass computes again, see `Supernet.run`; "layer" saves memory.
 
     Returns:
       The step; the old state's buffers are donated, but for the teacher's. Metrics: `loss`,
@@ -189,30 +205,41 @@ def make_path_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         path = sample_path(law, key, jnp.asarray(net.teacher_path))
+        tokens = jnp.maximum(token_mask(batch).sum(), 1.0)
 
         def total(params, part):
-            return path_loss(net, {**params, **state.frozen}, path, part, loss)
+            params = {**params, **state.frozen}
+            value, sums = path_loss(net, params, path, part, loss, remat)
+            share = token_mask(part).sum() / tokens
+            return value * share, jax.tree.map(lambda x: x * share, {"loss": value, **sums})
 
-        def one(carry, part):
-            (value, sums), grads = jax.value_and_grad(total, has_aux=True)(state.params, part)
-            out = (grads, {"loss": value, **sums})
-            return jax.tree.map(lambda a, b: a + b / accumulation, carry, out), None
-
-        names = ("loss", "mse", "kl")
-        zero = jax.tree.map(jnp.zeros_like, state.params), {n: jnp.zeros(()) for n in names}
+        grad = jax.grad(total, has_aux=True)
         if accumulation == 1:
-            grads, metrics = one(zero, batch)[0]
+            grads, metrics = grad(state.params, batch)
         else:
-            (grads, metrics), _ = jax.lax.scan(one, zero, _parts(batch, accumulation))
+            grads, metrics = _accumulate(grad, state.params, _parts(batch, accumulation))
         kept = path != LINEAR
         active = {"linear": ~kept, "full": kept}
         metrics = metrics | {"kept": kept.sum(), "path": path}
-        return _updated(state, grads, optimizer, active, metrics)
+        return _updated(state, grads, optimizer, active, metrics, mesh)
 
     return _jit(step, state, mesh)
 
 
-def _updated(state, grads, optimizer, active, metrics):
+def _accumulate(grad, params, parts):
+    """Sums gradients and metrics over parts."""
+
+    def one(sums, part):
+        return jax.tree.map(jnp.add, sums, grad(params, part)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(grad, params, first)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(one, zero, parts)[0]
+
+
+def _updated(state, grads, optimizer, active, metrics, mesh):
+    grads = jax.lax.with_sharding_constraint(grads, supernet.shardings(grads, mesh))
     metrics = metrics | {
         "grad_norm": optax.tree.norm(grads),
         "lr": jnp.asarray(optimizer.schedule(state.step), jnp.float32),

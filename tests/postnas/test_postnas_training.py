@@ -1,6 +1,7 @@
 """Alignment and sampled paths: exact where the answer is known, and only what is active moves."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import nets
 import numpy as np
@@ -23,11 +24,6 @@ CONFIG = optim.OptimConfig(lr=3e-3, schedule="constant", weight_decay=0.1)
 
 def batch(seed=0, rows=8):
     return tiny.random_batch(seed, rows, 16, vocab=61)
-
-
-def unpadded(seed):
-    one = batch(seed)
-    return one | {"segment_ids": np.maximum(one["segment_ids"], 2)}
 
 
 def setup(full=False):
@@ -121,7 +117,8 @@ def test_eight_devices_equal_one(path_step, sizes):
         split_step = training.make_path_step(
             net, optimizer, state, many, law=LAW, loss=LOSS, seed=SEED, accumulation=sizes[2]
         )
-    batches = [unpadded(i) for i in range(2)]  # parts of a batch have equally many tokens
+    batches = [batch(i) for i in range(2)]  # parts of a batch differ in their tokens
+    assert len({(x["segment_ids"][i::2] != 0).sum() for x in batches for i in range(2)}) > 1
     _, expected = run(step, before, mesh, batches)
     _, got = run(split_step, placed, many, batches)
     # Adam's first step is a sign, which rounding may turn where a gradient is almost nothing.
@@ -129,6 +126,30 @@ def test_eight_devices_equal_one(path_step, sizes):
         assert np.array_equal(a["path"], b["path"])
         for name in ("loss", "mse", "kl", "grad_norm"):
             assert float(a[name]) == pytest.approx(float(b[name]), rel=tolerance), name
+
+
+@pytest.mark.parametrize(("remat", "again"), [("mixer", 0), ("layer", 2)])
+def test_a_step_multiplies_by_frozen_weights_no_more_than_it_must(remat, again):
+    """Counts products by the MLP's (width 48) and the head's (61 tokens) weights."""
+    net, params = nets.supernet(), nets.params()
+    given = {k: jnp.asarray(v) for k, v in batch().items()}
+
+    def loss(linear, path):
+        return training.path_loss(net, params | {"linear": linear}, path, given, LOSS, remat)[0]
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params["linear"], TEACHER)
+    shapes = [{*e.invars[0].aval.shape, *e.invars[1].aval.shape} for e in products(jaxpr.jaxpr)]
+    # Teacher and student forward, then the gradients of activations; none of frozen weights.
+    assert sum(48 in sizes for sizes in shapes) == 3 * 3 + again
+    assert sum(61 in sizes for sizes in shapes) == 3
+
+
+def products(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from products(sub)
 
 
 def test_alignment_lowers_every_layers_error():

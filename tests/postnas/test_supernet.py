@@ -1,5 +1,7 @@
 """The supernet is the teacher on one path and each hybrid on its own, in one program."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import nets
@@ -11,7 +13,7 @@ from flax import nnx
 from jet_jax.models.lm import HybridLM
 from jet_jax.params import split
 from jet_jax.postnas.paths import FULL, LINEAR, WINDOW, PathLaw, path_of, sample_path
-from jet_jax.postnas.supernet import Supernet, shardings
+from jet_jax.postnas.supernet import REMATS, Supernet, shardings
 from jet_jax.sharding import make_mesh
 
 TEACHER = np.zeros(4, np.int32)
@@ -65,6 +67,45 @@ def test_a_path_equals_the_hybrid_taken_out_of_it(forward):
     assert relative(got, expected, segment_ids) <= 1e-5
     other = forward(nets.params(), TEACHER, tokens, segment_ids)
     assert relative(other, expected, segment_ids) > 0.05  # the path counts
+
+
+def test_gradients_of_a_path_are_those_of_its_hybrid():
+    tokens, segment_ids = batch()
+    path = np.array([LINEAR, WINDOW, FULL, LINEAR], np.int32)
+    net, params = nets.supernet(), nets.params()
+    graphdef = split(extracted(path))[0]
+    probe = (
+        jax.random.normal(jax.random.key(0), (*tokens.shape, 32)) * (segment_ids != 0)[..., None]
+    )
+
+    def through_supernet(remat, trained, path):
+        hidden, errors = net.run(
+            params | trained, path, tokens, segment_ids, each=lambda y, _: (y**2).sum(), remat=remat
+        )
+        return (hidden * probe).sum() + errors.sum()
+
+    def through_hybrid(trained):
+        model = nnx.merge(graphdef, net.extract(params | trained, path))
+        out = model.forward(
+            tokens, segment_ids=segment_ids, logits_at="none", collect=("mixer_outputs",)
+        )
+        errors = sum((y**2).sum() for y in out.features["mixer_outputs"])
+        return (out.hidden * probe).sum() + errors
+
+    trained = {"linear": params["linear"], "full": params["teacher"]["layers"]["mixer"]}
+    want = jax.jit(jax.grad(through_hybrid))(trained)
+    for remat in REMATS:
+        got = jax.jit(jax.grad(partial(through_supernet, remat)))(trained, path)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
+        kernels = {part: tree["o_proj"]["kernel"] for part, tree in got.items()}
+        used = {part: [bool(x.any()) for x in kernel] for part, kernel in kernels.items()}
+        assert used == {"linear": [True, False, False, True], "full": [False, True, True, False]}
+
+
+def test_an_unknown_remat_is_refused():
+    with pytest.raises(ValueError, match="unknown remat 'all' .* known: mixer, layer"):
+        nets.supernet().run(nets.params(), jnp.asarray(TEACHER), *batch(), remat="all")
 
 
 def test_one_program_serves_all_paths(forward):
