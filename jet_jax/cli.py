@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "measure a model: retrieval, arithmetic, choices, perplexity",
     "generate": "continue prompts, streaming the text",
     "info": "layers, parameters, cache size and FLOPs of a config or model",
+    "sample": "write text with a model, to train others on",
     "verify": "recompute a model's recorded outputs and compare",
 }
 
