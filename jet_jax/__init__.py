@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from jet_jax.config import ModelConfig
     from jet_jax.generation import Generator, generate
     from jet_jax.io import load, save
+    from jet_jax.registry import register_mixer
 
-__all__ = ["Generator", "ModelConfig", "generate", "load", "save"]
+__all__ = ["Generator", "ModelConfig", "generate", "load", "register_mixer", "save"]
 
 # No module may bear a public name: importing it would put the module in the function's place.
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "ModelConfig": "jet_jax.config",
     "generate": "jet_jax.generation",
     "load": "jet_jax.io",
+    "register_mixer": "jet_jax.registry",
     "save": "jet_jax.io",
 }
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jet_jax.config import ModelConfig
-from jet_jax.mixer_options import AttentionOptions, JetOptions
+from jet_jax.mixer_options import AttentionOptions
 from jet_jax.recurrent_options import RecurrentOptions
 
 
@@ -68,36 +68,8 @@ class WindowState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class JetState:
-    """A JetBlock's memory.
-
-    `conv`: the last W-1 raw value rows [B, W-1, H·V], oldest first; `recurrent`: the delta-rule
-    state [B, H, K, V] in the config's state_dtype.
-    """
-
-    conv: Any
-    recurrent: Any
-
-    @classmethod
-    def init(
-        cls,
-        options: JetOptions,
-        hidden_size: int,
-        batch: int,
-        max_length: int,
-        dtype: Any,
-        state_dtype: Any,
-    ) -> JetState:
-        """Zeros for `batch` sequences, whatever their length."""
-        conv = (batch, options.conv_size - 1, options.value_width)
-        state = (batch, options.num_heads, options.head_dim, options.value_dim)
-        return cls(jnp.zeros(conv, dtype), jnp.zeros(state, state_dtype))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class RecurrentState:
-    """The memory of a recurrent mixer other than the JetBlock.
+    """The memory of a recurrent mixer.
 
     `rows`: what convolutions and token shift look back on, by name: the last raw rows
     [B, rows, width], oldest first. `recurrent`: the matrix of each head [B, H, K, V] in the
@@ -126,7 +98,7 @@ class RecurrentState:
 STATES: dict[str, Any] = {
     "attn": KVState,
     "swa": WindowState,
-    "jet": JetState,
+    "jet": RecurrentState,
     "retnet": RecurrentState,
     "gla": RecurrentState,
     "deltanet": RecurrentState,

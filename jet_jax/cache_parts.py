@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from jet_jax.config import ModelConfig
-from jet_jax.mixer_options import AttentionOptions, JetOptions
+from jet_jax.mixer_options import AttentionOptions
 
 MIB = 2**20
 
@@ -26,12 +26,8 @@ def kept(config: ModelConfig, kind: str) -> str:
             which = f"the last {tokens} tokens"
         heads = f"{options.num_kv_heads}·{options.head_dim}"
         return f"K and V of {which}: 2·{tokens}·{heads} {config.dtype}"
-    if isinstance(options, JetOptions):
-        shape = (options.num_heads, options.head_dim, options.value_dim)
-        tails = {"v": (options.conv_size - 1, options.value_width)}
-    else:
-        shape = options.state_shape(config.hidden_size)
-        tails = options.tails(config.hidden_size)
+    shape = options.state_shape(config.hidden_size)
+    tails = options.tails(config.hidden_size)
     text = f"state {'·'.join(map(str, shape))} {config.state_dtype}"
     if tails:
         rows = ", ".join(f"{name} {n}·{width}" for name, (n, width) in tails.items())

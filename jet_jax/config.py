@@ -63,7 +63,7 @@ class ModelConfig:
             require_positive(name, getattr(self, name))
         require(self.rms_norm_eps > 0, f"rms_norm_eps={self.rms_norm_eps} must be positive")
         require(len(self.layer_types) >= 1, "layer_types is empty; name one mixer a layer")
-        known = ", ".join(OPTIONS)
+        known = known_types()
         for i, kind in enumerate(self.layer_types):
             require(
                 kind in OPTIONS, f"unknown layer type {kind!r} at layer {i}; known types: {known}"
@@ -90,7 +90,7 @@ class ModelConfig:
         for name in sorted(items):
             require(
                 name in OPTIONS,
-                f"unknown layer type {name!r} in mixers; known types: {', '.join(OPTIONS)}",
+                f"unknown layer type {name!r} in mixers; known types: {known_types()}",
             )
             options = items[name]
             if not isinstance(options, OPTIONS[name]):
@@ -207,3 +207,11 @@ class ModelConfig:
         from jet_jax import hf_config_export
 
         return hf_config_export.to_hf(self)
+
+
+def known_types() -> str:
+    """The layer types there are, and the way to more of them, for messages."""
+    return (
+        f"{', '.join(OPTIONS)}; a block of your own is known once the file that registers it "
+        "(jet_jax.register_mixer) is imported"
+    )

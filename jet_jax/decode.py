@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from jet_jax.cache import Cache, JetState, KVState, RecurrentState, WindowState, init_cache
+from jet_jax.cache import Cache, KVState, RecurrentState, WindowState, init_cache
 from jet_jax.config import ModelConfig
 from jet_jax.sampling import Sampling, sample
 from jet_jax.sharding import constrain
@@ -26,7 +26,6 @@ NO_TOKEN = -1  # what a lane without a request emits
 _STATE_DIMS = {
     KVState: {"k": "bsnk", "v": "bsnk"},
     WindowState: {"k": "bsnk", "v": "bsnk"},
-    JetState: {"conv": "bth", "recurrent": "bhkv"},
     # Rows of channels are split as heads are; all heads share B and C, and the token shift is
     # taken before the heads.
     RecurrentState: {

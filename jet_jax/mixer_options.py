@@ -1,7 +1,7 @@
 """The options of each mixer: frozen dataclasses that check themselves and count.
 
 Each has `check`, `param_count`, `matmul_params`, `cache_bytes` and `mixing_flops`, from which the
-model's own counts follow. Attention and the JetBlock are here, the other recurrent mixers in
+model's own counts follow. Attention is here, the recurrent mixers in `jet_options`,
 `linear_options`, `delta_options` and `rwkv7_options`. `OPTIONS` maps a layer type to its class.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jet_jax.delta_options import DeltaNetOptions, GDNOptions, KDAOptions
+from jet_jax.jet_options import JetOptions
 from jet_jax.linear_options import GLAOptions, Mamba2Options, RetNetOptions
 from jet_jax.option_checks import MixerOptions, require, require_positive
 from jet_jax.rwkv7_options import RWKV7Options
@@ -117,85 +118,6 @@ class AttentionOptions(MixerOptions):
         w = context if self.window_size is None else min(self.window_size, context)
         seen = w - w * (w - 1) / (2 * context)  # mean number of visible keys
         return 4 * self.num_heads * self.head_dim * seen
-
-
-@dataclass(frozen=True)
-class JetOptions(MixerOptions):
-    """JetBlock: gated delta rule with a per-token generated short convolution on the values.
-
-    `head_dim` is the key width K; the value width is K·expand_v. Source: Jet-Nemotron
-    (arXiv 2508.15884) §3.2 and its released inference code.
-    """
-
-    num_heads: int
-    head_dim: int
-    expand_v: float = 2.0
-    conv_size: int = 4
-    generator_reduction: int = 8
-    norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "norm_eps", float(self.norm_eps))
-        for name in ("num_heads", "head_dim", "conv_size", "generator_reduction"):
-            require_positive(name, getattr(self, name))
-        require(self.conv_size >= 2, f"conv_size={self.conv_size} must be at least 2")
-        for what, exact, rounded in (
-            ("head_dim * expand_v", self.head_dim * self.expand_v, self.value_dim),
-            ("num_heads * head_dim * expand_v", self.key_width * self.expand_v, self.value_width),
-        ):
-            require(
-                rounded >= 1 and abs(exact - rounded) <= 1e-5 * exact,
-                f"{what} = {exact} is not an integer; change head_dim={self.head_dim} or "
-                f"expand_v={self.expand_v}",
-            )
-        require(
-            self.value_width % self.generator_reduction == 0,
-            f"value width {self.value_width} is not divisible by "
-            f"generator_reduction={self.generator_reduction}",
-        )
-
-    @property
-    def value_dim(self) -> int:
-        """Value width V of one head."""
-        return int(self.head_dim * self.expand_v)
-
-    @property
-    def key_width(self) -> int:
-        """H·K."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def value_width(self) -> int:
-        """H·V."""
-        return self.num_heads * self.value_dim
-
-    @property
-    def generator_width(self) -> int:
-        """Hidden width R of the kernel generator."""
-        return self.value_width // self.generator_reduction
-
-    def param_count(self, hidden_size: int, first: bool = False) -> int:
-        """Parameters of one mixer."""
-        vectors = 2 * self.num_heads + self.value_dim + self.value_width * self.conv_size
-        return self.matmul_params(hidden_size) + vectors
-
-    def matmul_params(self, hidden_size: int, first: bool = False) -> int:
-        """Weights that every token multiplies."""
-        per_input = 2 * self.key_width + 3 * self.value_width + 2 * self.num_heads
-        generator = self.generator_width * (hidden_size + self.conv_size * self.value_width)
-        return hidden_size * per_input + generator
-
-    def cache_bytes(
-        self, context: int, dtype_bytes: int, state_bytes: int, hidden_size: int
-    ) -> int:
-        """Bytes of the state and the convolution tail, whatever the context."""
-        state = self.num_heads * self.head_dim * self.value_dim * state_bytes
-        return state + (self.conv_size - 1) * self.value_width * dtype_bytes
-
-    def mixing_flops(self, context: int, hidden_size: int) -> float:
-        """Forward FLOPs a token of the recurrence (three matrix-vector products) and the taps."""
-        state = self.num_heads * self.head_dim * self.value_dim
-        return float(6 * state + 2 * self.conv_size * self.value_width)
 
 
 OPTIONS: dict[str, type] = {

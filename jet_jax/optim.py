@@ -19,8 +19,8 @@ from jaxtyping import PyTree
 from jet_jax.sharding import dotted
 
 SCHEDULES = ("cosine", "wsd", "constant")
-# Decay pulls a weight towards zero; for these, zero is no neutral value.
-NO_DECAY = r"(^|\.)(bias|scale|A_log|dt_bias|D|b2|x_[rwkvag]|k_k|k_a|r_k)$"
+# Decay pulls a weight towards zero; for these, zero is no neutral value, or they do not train.
+NO_DECAY = r"(^|\.)((bias|scale|A_log|dt_bias|D|b2|x_[rwkvag]|k_k|k_a|r_k)$|frozen_)"
 EMBEDDING = r"(^|\.)embed_tokens\.embedding$"
 
 Schedule = Callable[[Any], Any]

@@ -41,9 +41,9 @@ RULES: tuple[tuple[str, str, PartitionSpec], ...] = (
     ("low rank out", r"\w+_(proj|lora)\.up\.kernel", P("fsdp", "tensor")),  # [R, heads * width]
     ("conv taps", r"(\w_)?conv1d\.taps", P(None, "tensor")),  # [W, channels]
     # The generator's bottleneck is narrow, so it is computed whole; only w2 is split by channel.
-    ("generator in", r"generator\.w1", P("fsdp", None)),  # [D, R]
-    ("generator out", r"generator\.w2", P("fsdp", None, "tensor")),  # [R, W, VD]
-    ("generator taps", r"generator\.b2", P(None, "tensor")),  # [W, VD]
+    ("generator in", r"(\w+_)?generator\.w1", P("fsdp", None)),  # [D, R]
+    ("generator out", r"(\w+_)?generator\.w2", P("fsdp", None, "tensor")),  # [R, W, VD]
+    ("generator taps", r"(\w+_)?generator\.b2", P(None, "tensor")),  # [W, VD]
     ("replicated", r".*", P()),  # norms, biases, A_log, dt_bias and other vectors, counters
 )
 REPLICATED_LIMIT = 2**16  # elements that the last rule takes without complaint

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jet_jax.config import ModelConfig
-from jet_jax.mixer_options import JetOptions
 from jet_jax.mixers import MIXERS
 from jet_jax.mixers.context import Place
 from jet_jax.params import split
@@ -144,10 +143,7 @@ class Block:
     @property
     def state_shape(self) -> tuple[int, int, int]:
         """Value heads, key width K and value width V."""
-        options = self.mixer_options
-        if isinstance(options, JetOptions):
-            return options.num_heads, options.head_dim, options.value_dim
-        return options.state_shape(self.width)
+        return self.mixer_options.state_shape(self.width)
 
     @property
     def state_elements(self) -> int:

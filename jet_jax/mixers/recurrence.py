@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 from jet_jax.mixers.context import Context
 from jet_jax.sharding import shard_kernel
 
-# Inputs that write to the state or decay it: all of them 0 leaves it as it is.
-WRITERS = ("v", "g", "beta", "b")
+# Inputs that write to the state or decay it: all of them 0 leaves it as it is. A writing strength
+# beta is narrower than the values that it writes, and enough.
+STRENGTHS = ("g", "beta", "b")
 
 
 def recur(
@@ -61,7 +62,7 @@ def recur(
     tokens = {name: None if x is None else x[:, 0] for name, x in arrays.items()}
     if ctx.segment_ids is not None:
         real = ctx.segment_ids[:, 0] != 0
-        for name in WRITERS:
+        for name in STRENGTHS if tokens.get("beta") is not None else (*STRENGTHS, "v"):
             x = tokens.get(name)
             if x is not None:
                 tokens[name] = jnp.where(real.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)

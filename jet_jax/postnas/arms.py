@@ -15,7 +15,7 @@ from jet_jax.config import ModelConfig
 from jet_jax.mixer_options import OPTIONS, build
 from jet_jax.option_checks import require
 from jet_jax.postnas.comparison_config import ArmConfig
-from jet_jax.postnas.inherit import STARTS, matched_options
+from jet_jax.postnas.inherit import MATCHED, matched_options
 from jet_jax.postnas.paths import FULL, LINEAR, WINDOW
 from jet_jax.postnas.shapes import check_shapes, grid, shape_options
 
@@ -75,7 +75,8 @@ def arm_options(teacher: ModelConfig, name: str, arm: ArmConfig) -> Any:
       teacher: the model that is converted.
       name: of the arm, for messages.
       arm: kind and changes. "swa", the teacher's own attention under a window, is a control and
-        takes `window_size` alone. A kind of your own gets no options but the arm's.
+        takes `window_size` alone. A kind registered without `matched` gets no options but the
+        arm's.
 
     Raises:
       ValueError: options that are unknown or do not fit.
@@ -90,7 +91,7 @@ def arm_options(teacher: ModelConfig, name: str, arm: ArmConfig) -> Any:
         )
         return dataclasses.replace(attention, **changes)
     given: dict[str, Any] = {}
-    if arm.kind in STARTS:
+    if arm.kind in MATCHED:
         matched = matched_options(arm.kind, attention, teacher.hidden_size)
         given = {f.name: getattr(matched, f.name) for f in dataclasses.fields(matched)}
     return build(OPTIONS[arm.kind], given | changes, where)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jet_jax.config import known_types
 from jet_jax.mixer_options import OPTIONS, build
-from jet_jax.mixers import MIXERS
 from jet_jax.models import remat
 from jet_jax.optim import OptimConfig, make_schedule
 from jet_jax.option_checks import require, require_positive
@@ -35,9 +35,8 @@ class ArmConfig:
         object.__setattr__(self, "options", dict(self.options))
         require(self.kind != "attn", "full attention is what the arms replace; compare other kinds")
         require(
-            self.kind in MIXERS and self.kind in OPTIONS,
-            f"layer type {self.kind!r} is unknown; there are {', '.join(MIXERS)}. A block of your "
-            "own is to be registered in both MIXERS and OPTIONS first",
+            self.kind in OPTIONS,
+            f"layer type {self.kind!r} is unknown; known types: {known_types()}",
         )
 
 

@@ -25,13 +25,15 @@ from jaxtyping import Array, Float
 
 from jet_jax.config import ModelConfig
 from jet_jax.mixer_options import OPTIONS, AttentionOptions
-from jet_jax.mixers import MIXERS
 from jet_jax.option_checks import require
 from jet_jax.postnas.refit import NormalEquations, output_inputs, refit_output
 
 __all__ = [
     "INITS",
+    "MATCHED",
+    "STARTS",
     "NormalEquations",
+    "copy_projections",
     "from_attention",
     "matched_options",
     "output_inputs",
@@ -48,30 +50,11 @@ def matched_options(kind: str, attention: AttentionOptions, hidden_size: int) ->
     divide H·V. RWKV-7's keys are hidden_size / H wide whatever head_dim.
 
     Raises:
-      ValueError: for a kind that is not built in, or sizes that do not divide.
+      ValueError: for a kind that was registered without `matched`, or sizes that do not divide.
     """
-    heads, width = attention.num_heads, attention.head_dim
-    total = heads * width
-    rows = {"num_heads": heads, "expand_k": total / hidden_size, "expand_v": total / hidden_size}
-    square = {"num_heads": heads, "head_dim": width, "expand_v": 1.0}
-    matched: dict[str, dict[str, Any]] = {
-        "retnet": rows,
-        "gla": rows,
-        "deltanet": rows,
-        "gdn": square,
-        "kda": square,
-        "jet": square | {"generator_reduction": next(r for r in range(8, 0, -1) if total % r == 0)},
-        "mamba2": {
-            "head_dim": width,
-            "state_size": width,
-            "n_groups": heads,
-            "expand": total / hidden_size,
-        },
-        "rwkv7": {"num_heads": heads, "head_dim": None, "value_dim": total},
-    }
-    known = ", ".join(matched)
-    require(kind in matched, f"no options of {kind!r} match an attention's heads; known: {known}")
-    options = OPTIONS[kind](**matched[kind])
+    known = ", ".join(MATCHED)
+    require(kind in MATCHED, f"no options of {kind!r} match an attention's heads; known: {known}")
+    options = OPTIONS[kind](**MATCHED[kind](attention, hidden_size))
     options.check(hidden_size)
     return options
 
@@ -90,8 +73,7 @@ def from_attention(
 
     Args:
       config: holds the options of `kind` and of the attention ("attn" or "swa").
-      kind: the mixer. A class in `MIXERS` with a static or class method `from_attention(config,
-        options, attention, fresh)` decides for itself.
+      kind: the mixer, built in or registered with a function of its own.
       attention: the weights of `jet_jax.mixers.Attention` as a pure dict: q_proj.kernel [D, H·d],
         k_proj.kernel and v_proj.kernel [D, N·d], o_proj.kernel [H·d, D].
       fresh: newly initialised weights of mixer `kind`, a pure dict.
@@ -103,13 +85,12 @@ def from_attention(
       ValueError: the mixer's heads are narrower than the attention's or no multiple of them, the
         attention's weights do not fit the config, or this kind of mixer cannot be started so.
     """
-    start = getattr(MIXERS.get(kind), "from_attention", None) or STARTS.get(kind)
-    if start is None:
+    if kind not in STARTS:
         raise ValueError(
-            f'{kind!r} can start "random" only: its class has no from_attention(config, options, '
-            f"attention, fresh); built in are {', '.join(STARTS)}"
+            f'{kind!r} can start "random" only: it was registered without from_attention; those '
+            f"that can start from an attention are {', '.join(STARTS)}"
         )
-    return start(config, config.options(kind), attention, fresh)
+    return STARTS[kind](config, config.options(kind), attention, fresh)
 
 
 def _teacher(config: ModelConfig, attention: Mapping[str, Any]) -> AttentionOptions:
@@ -146,7 +127,7 @@ def _lay(
     return out.at[..., :width].set(given.astype(target.dtype)).reshape(target.shape)
 
 
-def _projections(
+def copy_projections(
     config: ModelConfig,
     attention: Mapping[str, Any],
     fresh: Mapping[str, Any],
@@ -155,8 +136,21 @@ def _projections(
 ) -> dict[str, Any]:
     """Copies q, k, v and o, and makes convolutions the identity: the last tap 1, no bias.
 
-    `heads` are those of the rows q, k and v; the output has as many as the largest of them. `query`
-    is the mixer's name of q_proj.
+    What most mixers start with; the rest of them stays fresh.
+
+    Args:
+      config: holds the attention's options.
+      attention: as in `from_attention`.
+      fresh: weights with q_proj, k_proj, v_proj and o_proj; those of a `ShortConv` are recognised
+        by a name that ends in conv1d.
+      heads: how many the rows q, k and v have; the output has as many as the largest of them.
+      query: the mixer's name of q_proj.
+
+    Returns:
+      A dict of fresh's structure, shapes and dtypes.
+
+    Raises:
+      ValueError: heads that are narrower than the attention's or no multiple of them.
     """
     o = _teacher(config, attention)
     counts = (o.num_heads, o.num_kv_heads, o.num_kv_heads)
@@ -188,22 +182,23 @@ def _identity(conv: Mapping[str, Any]) -> dict[str, Any]:
 def _retention(config: ModelConfig, options: Any, attention: Any, fresh: Any) -> dict[str, Any]:
     """RetNet and GLA, which may have fewer key/value heads themselves."""
     heads = (options.num_heads, options.kv_heads, options.kv_heads)
-    return _projections(config, attention, fresh, heads)
+    return copy_projections(config, attention, fresh, heads)
 
 
 def _delta(config: ModelConfig, options: Any, attention: Any, fresh: Any) -> dict[str, Any]:
     """The delta rules, some of which may have more value heads."""
     heads = options.num_heads
     values = getattr(options, "value_heads", heads)
-    return _projections(config, attention, fresh, (heads, heads, values))
+    return copy_projections(config, attention, fresh, (heads, heads, values))
 
 
 def _jet(config: ModelConfig, options: Any, attention: Any, fresh: Any) -> dict[str, Any]:
-    """A delta rule whose convolution is generated: its constant part becomes the identity."""
-    generator = fresh["generator"]
-    constant = jnp.zeros_like(generator["b2"]).at[-1].set(1)
+    """A delta rule whose convolutions may be generated: their constant part is the identity."""
     out = _delta(config, options, attention, fresh)
-    return out | {"generator": {**generator, "b2": constant}}
+    for name in options.generators.values():
+        constant = jnp.zeros_like(fresh[name]["b2"]).at[-1].set(1)
+        out[name] = {**fresh[name], "b2": constant}
+    return out
 
 
 def _rwkv7(config: ModelConfig, options: Any, attention: Any, fresh: Any) -> dict[str, Any]:
@@ -213,7 +208,7 @@ def _rwkv7(config: ModelConfig, options: Any, attention: Any, fresh: Any) -> dic
     """
     heads = options.state_shape(config.hidden_size)[0]
     shifts = {name: jnp.zeros_like(fresh[name]) for name in ("x_r", "x_k", "x_v")}
-    return _projections(config, attention, fresh, (heads,) * 3, "r_proj") | shifts
+    return copy_projections(config, attention, fresh, (heads,) * 3, "r_proj") | shifts
 
 
 def _mamba2(config: ModelConfig, options: Any, attention: Any, fresh: Any) -> dict[str, Any]:
@@ -224,7 +219,7 @@ def _mamba2(config: ModelConfig, options: Any, attention: Any, fresh: Any) -> di
     places = {"v_proj": 1, "k_proj": 2, "q_proj": 3}
     rows = {row: {name: part[i] for name, part in parts.items()} for row, i in places.items()}
     rows |= {"o_proj": fresh["out_proj"], "conv1d": fresh["conv1d"]}
-    rows = _projections(config, attention, rows, (options.n_groups, options.n_groups, heads))
+    rows = copy_projections(config, attention, rows, (options.n_groups, options.n_groups, heads))
     joined = {
         name: jnp.concatenate([z, *(rows[row][name] for row in places), dt], axis=-1)
         for name, (z, *_, dt) in parts.items()
@@ -242,4 +237,44 @@ STARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "jet": _jet,
     "mamba2": _mamba2,
     "rwkv7": _rwkv7,
+}
+
+
+def _by_width(attention: AttentionOptions, hidden_size: int) -> dict[str, Any]:
+    """Where head widths are fractions of the model's."""
+    expand = attention.num_heads * attention.head_dim / hidden_size
+    return {"num_heads": attention.num_heads, "expand_k": expand, "expand_v": expand}
+
+
+def _by_head(attention: AttentionOptions, hidden_size: int) -> dict[str, Any]:
+    """Where head widths are given."""
+    return {"num_heads": attention.num_heads, "head_dim": attention.head_dim, "expand_v": 1.0}
+
+
+def _of_jet(attention: AttentionOptions, hidden_size: int) -> dict[str, Any]:
+    total = attention.num_heads * attention.head_dim
+    reduction = next(r for r in range(8, 0, -1) if total % r == 0)
+    return _by_head(attention, hidden_size) | {"generator_reduction": reduction}
+
+
+def _of_mamba2(attention: AttentionOptions, hidden_size: int) -> dict[str, Any]:
+    heads, width = attention.num_heads, attention.head_dim
+    expand = heads * width / hidden_size
+    return {"head_dim": width, "state_size": width, "n_groups": heads, "expand": expand}
+
+
+def _of_rwkv7(attention: AttentionOptions, hidden_size: int) -> dict[str, Any]:
+    total = attention.num_heads * attention.head_dim
+    return {"num_heads": attention.num_heads, "head_dim": None, "value_dim": total}
+
+
+MATCHED: dict[str, Callable[[AttentionOptions, int], Mapping[str, Any]]] = {
+    "retnet": _by_width,
+    "gla": _by_width,
+    "deltanet": _by_width,
+    "gdn": _by_head,
+    "kda": _by_head,
+    "jet": _of_jet,
+    "mamba2": _of_mamba2,
+    "rwkv7": _of_rwkv7,
 }

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jet_jax.config import ModelConfig
-from jet_jax.mixer_options import JetOptions
 from jet_jax.option_checks import require, require_positive
 
 
@@ -130,8 +129,6 @@ def shape_options(shape: Shape) -> dict[str, Any]:
 def shape_of(config: ModelConfig, kind: str) -> Shape:
     """The shape that the layers of a kind have. Raises ValueError for a kind without one."""
     options = config.options(kind)
-    if isinstance(options, JetOptions):
-        return Shape(options.head_dim, options.value_dim, options.num_heads)
     require(
         hasattr(options, "state_shape"), f"{kind!r} layers keep no recurrent state to give a shape"
     )

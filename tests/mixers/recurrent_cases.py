@@ -19,7 +19,11 @@ SMALL = {
     "mamba2": {"head_dim": 8, "state_size": 6},
     "rwkv7": {"head_dim": 8, "gate_low_rank_dim": 5},
     "kda": {"num_heads": 3, "head_dim": 8},
-}
+    # Every kind of convolution, each on another row; the released block is in tests/models.
+    "jet": {"num_heads": 3, "head_dim": 8, "expand_v": 1.5, "conv_size": 3,
+            "generator_reduction": 4, "dynamic": ("query", "value"), "static": ("key",),
+            "use_gate": False},
+}  # fmt: skip
 
 
 def make(kind: str, options: dict, first: bool = True):

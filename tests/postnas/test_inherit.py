@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jet_jax.config import ModelConfig
-from jet_jax.mixer_options import OPTIONS, AttentionOptions
+from jet_jax.mixer_options import AttentionOptions
 from jet_jax.mixers import MIXERS
 from jet_jax.mixers.context import Context, Place
 from jet_jax.params import flatten, split, unflatten
@@ -37,6 +37,8 @@ CASES = {
     "rwkv7": {},
     # More, and more heads, than the attention has.
     "jet wide": {"expand_v": 2.0},
+    "jet static": {"dynamic": (), "static": ("query", "key", "value"), "use_gate": False},
+    "jet mixed": {"dynamic": ("query", "key"), "static": ("value",), "freeze_generator": True},
     "gdn wide": {"num_v_heads": 8, "head_dim": 8},
     "mamba2 wide": {"dt_limit": (1.0, 1.0), "use_bias": True, "expand": 2, "state_size": 7},
     "rwkv7 wide": {"num_heads": None, "head_dim": 6, "value_dim": 32},
@@ -92,13 +94,9 @@ def intercept(monkeypatch, kind, seen):
         seen.update({name: array for name, (array, _) in inputs.items()})
         return seen["v"], jnp.zeros(())
 
-    def rule(q, k, v, *rest, **options):
-        seen.update(q=q, k=k, v=v)
-        return v, jnp.zeros(())
-
     name = "retnet" if kind == "gla" else kind
     module = importlib.import_module(f"jet_jax.mixers.{name}")
-    monkeypatch.setattr(module, *(("_rule", rule) if kind == "jet" else ("recur", recur)))
+    monkeypatch.setattr(module, "recur", recur)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -111,7 +109,8 @@ def test_a_mixer_sees_the_q_k_v_of_the_attention(case, monkeypatch):
     if kind == "rwkv7":
         fresh["k_a"] = jnp.zeros_like(fresh["k_a"])  # the key's own change by a
     if kind == "jet":
-        fresh["generator"]["w2"] = jnp.zeros_like(fresh["generator"]["w2"])
+        for name in options.generators.values():
+            fresh[name]["w2"] = jnp.zeros_like(fresh[name]["w2"])
     x = jax.random.normal(jax.random.key(0), (2, 5, D))
     seen = {}
     intercept(monkeypatch, kind, seen)
@@ -157,7 +156,7 @@ def test_a_mixer_sees_the_q_k_v_of_the_attention(case, monkeypatch):
     changed += ("q_conv1d", "k_conv1d", "v_conv1d", "conv1d", "x_r", "x_k", "x_v")
     for path, value in new.items():
         assert value.dtype == old[path].dtype and value.shape == old[path].shape
-        if path.split(".")[0] not in changed and path != "generator.b2":
+        if path.split(".")[0] not in changed and not path.endswith("generator.b2"):
             np.testing.assert_array_equal(value, old[path], path)
     if kind == "mamba2":
         inner, _, bc, _ = options.projected(D)
@@ -288,30 +287,3 @@ def test_attention_weights_of_another_config():
     _, fresh = weights_of(config, "gdn", 1)
     with pytest.raises(ValueError, match=r"shapes \(16, 24\) and \(16, 12\) fit no options"):
         from_attention(config, "gdn", weights_of(other, "attn", 1)[1], fresh)
-
-
-class Mine(MIXERS["jet"]):
-    """A block of the user's."""
-
-
-class MineFromAttention(Mine):
-    @staticmethod
-    def from_attention(config, options, attention, fresh):
-        assert options is config.options("mine")
-        return {**fresh, "o_proj": {"kernel": attention["o_proj"]["kernel"]}}
-
-
-def test_blocks_of_the_user_start_as_they_say(monkeypatch):
-    monkeypatch.setitem(OPTIONS, "mine", OPTIONS["jet"])
-    monkeypatch.setitem(MIXERS, "mine", MineFromAttention)
-    config = config_with("mine", matched_options("jet", ATTENTION, D))
-    _, attention = weights_of(config, "attn", 1)
-    _, fresh = weights_of(config, "mine", 2)
-    copied = from_attention(config, "mine", attention, fresh)
-    assert copied["o_proj"]["kernel"] is attention["o_proj"]["kernel"]
-    assert copied["q_proj"] is fresh["q_proj"]
-    monkeypatch.setitem(MIXERS, "mine", Mine)
-    with pytest.raises(ValueError, match="'mine' can start \"random\" only"):
-        from_attention(config, "mine", attention, fresh)
-    with pytest.raises(ValueError, match="no options of 'mine' match"):
-        matched_options("mine", ATTENTION, D)
