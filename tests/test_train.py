@@ -18,7 +18,7 @@ import pytest
 from tiny_run import CONFIG, read_config
 
 import train
-from jet_jax import checkpoint, io
+from jet_jax import checkpoint, io, train_run
 from jet_jax.data import load_tokenizer
 from jet_jax.metrics import read_records
 from jet_jax.params import abstract, flatten
@@ -237,8 +237,8 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
 
     checkpoints = mock.Mock()
     with contextlib.ExitStack() as stack:
-        run = train.Run(
-            config, tmp_path, config.model, train.sharding.make_mesh(8),
+        run = train_run.Run(
+            config, tmp_path, config.model, train_run.sharding.make_mesh(8),
             types.SimpleNamespace(step=0), train_step, None,
             itertools.repeat({"tokens": np.zeros((8, 16), np.int32)}), [], checkpoints, None, stack,
         )  # fmt: skip
