@@ -322,5 +322,5 @@ def _run(model: HybridLM, batch: Batch, collect: tuple[str, ...]) -> Output:
 
 
 def _summed_kl(student, out, teacher, reference, mask):
-    kl = losses.token_kl(out.hidden, student.head_kernel(), reference.hidden, teacher.head_kernel())
-    return (kl * mask).sum()
+    heads = student.head_kernel(), teacher.head_kernel()
+    return losses.kl_loss(out.hidden, heads[0], reference.hidden, heads[1], mask)

@@ -96,30 +96,6 @@ def kl_loss(
     return out[0]
 
 
-def token_kl(
-    hidden: Float[Array, "B T D"],
-    head: Float[Array, "D E"],
-    teacher_hidden: Float[Array, "B T C"],
-    teacher_head: Float[Array, "C E"],
-    *,
-    max_logits: int = MAX_LOGITS,
-) -> Float[Array, "B T"]:
-    """Computes KL(teacher || student) at each position: what `kl_loss` sums, to look at.
-
-    Args:
-      hidden: the student's output of the final norm.
-      head: its head matrix.
-      teacher_hidden: the teacher's; gets no gradient.
-      teacher_head: the teacher's head matrix; gets no gradient.
-      max_logits: logits that a chunk may hold on one device, the teacher's included.
-
-    Returns:
-      Nats, float32. Differentiable, recomputing logits chunk by chunk.
-    """
-    teacher = jax.lax.stop_gradient((teacher_hidden, teacher_head))
-    return map_logits(kl_divergence, [(hidden, head), teacher], max_logits=max_logits)
-
-
 def kl_divergence(
     logits: Float[Array, "*B E"], teacher_logits: Float[Array, "*B E"]
 ) -> Float[Array, "*B"]:

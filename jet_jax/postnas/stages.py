@@ -3,31 +3,41 @@
     align       linear paths learn their layer's attention, teacher-forced
     supernet    sampled paths on their own stream
     placement   which layers keep their attention
+    blocks, ablations, shapes    comparisons of layers in that placement
     hybrid      the model of that placement, for train.py and every command
+    distill, finetune            its final training
     report      report.html
 
-A stage that is done has left STAGE.json; it is not run again.
+A stage that is done has left STAGE.json; it is not run again. Comparisons and final training are
+run where the config has settings for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jet_jax import checkpoint, io, metrics
+from jet_jax import checkpoint, io, metrics, train_run
 from jet_jax.postnas import figures, report, training
+from jet_jax.postnas.comparison import compare
+from jet_jax.postnas.final_hybrid import converted
+from jet_jax.postnas.json_files import write_json
 from jet_jax.postnas.path_optim import make_path_optimizer
 from jet_jax.postnas.placement import Placement
-from jet_jax.postnas.search import Search, write_json
+from jet_jax.postnas.search import Search
+from jet_jax.postnas.search_config import COMPARED, TRAINED, SearchConfig
 from jet_jax.postnas.search_report import write_report
-from jet_jax.postnas.stage_training import Loop
+from jet_jax.postnas.shape_comparison import compare_shapes
+from jet_jax.postnas.stage_training import Loop, Stopped
 from jet_jax.postnas.supernet import shardings
 from jet_jax.progress import Display
+from jet_jax.train_config import TrainConfig
 
 
 def run_align(search: Search) -> dict[str, Any]:
@@ -127,12 +137,21 @@ def run_placement(search: Search) -> dict[str, Any]:
     return decision
 
 
+def run_comparison(search: Search, name: str) -> dict[str, Any]:
+    """Compares layers in the chosen placement: "blocks", "ablations" or "shapes"."""
+    settings = getattr(search.config, name)
+    run = compare_shapes if name == "shapes" else compare
+    return run(settings, search.workdir / name, search.comparison(settings))
+
+
 def run_hybrid(search: Search) -> dict[str, Any]:
     """Saves the chosen hybrid as a model directory."""
-    decision = search.result("placement")
-    params = search.params()
-    config = search.net.hybrid(decision["path"])
-    weights = search.net.extract(params, decision["path"])
+    path = search.result("placement")["path"]
+    if search.config.final:
+        config, weights = converted(search, path)
+    else:
+        config = search.net.hybrid(path)
+        weights = search.net.extract(search.params(), path)
     target = search.workdir / "model"
     tokenizer = io.tokenizer_dir(search.config.teacher)
     checkpoint.save_model(target, config, weights, tokenizer, overwrite=target.exists())
@@ -149,6 +168,27 @@ def run_hybrid(search: Search) -> dict[str, Any]:
     }
 
 
+def run_training(search: Search, name: str) -> dict[str, Any]:
+    """Final training by distillation: "distill" from the hybrid, "finetune" from what that gave."""
+    before = search.result("hybrid")["model"]
+    if name == "finetune" and search.config.distill is not None:
+        before = search.result("distill")["model"]
+    config = TrainConfig.from_dict(search.config.training(name, before))
+    folder = search.workdir / name
+    training = train_run.prepare(config, folder)
+    with jax.set_mesh(training.mesh), training.stack:
+        if not train_run.loop(training):
+            raise Stopped(f"{name}: saved on request")
+    valid = metrics.read_records(folder, "valid")
+    return {
+        "model": str(folder),
+        "steps": config.steps,
+        "tokens": config.steps * config.data.batch_size * config.data.seq_len,
+        "first": valid[0] if valid else None,
+        "last": valid[-1] if valid else None,
+    }
+
+
 def run_report(search: Search) -> dict[str, Any]:
     """Writes report.html from what the other stages left."""
     return {"report": str(write_report(search.workdir, search.config))}
@@ -158,9 +198,16 @@ STAGES: dict[str, Callable[[Search], dict[str, Any]]] = {
     "align": run_align,
     "supernet": run_supernet,
     "placement": run_placement,
+    **{name: partial(run_comparison, name=name) for name in COMPARED},
     "hybrid": run_hybrid,
+    **{name: partial(run_training, name=name) for name in TRAINED},
     "report": run_report,
 }
+
+
+def is_asked(config: SearchConfig, stage: str) -> bool:
+    """Whether a search of these settings has that stage."""
+    return stage not in (*COMPARED, *TRAINED) or getattr(config, stage) is not None
 
 
 def check_gates(search: Search) -> None:
@@ -181,6 +228,8 @@ def check_gates(search: Search) -> None:
 
 def run(search: Search, stage: str) -> dict[str, Any]:
     """Runs a stage and notes that it is done; what later stages made of it is not any more."""
+    if not is_asked(search.config, stage):
+        raise ValueError(f"the config has no settings for the stage {stage!r}; add config.{stage}")
     names = list(STAGES)
     for later in names[names.index(stage) :]:
         (search.workdir / f"{later}.json").unlink(missing_ok=True)
