@@ -129,10 +129,11 @@ def refit(
     model = nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0)))
     structures = tuple((i, nnx.graphdef(model.layers[i].mixer)) for i in sorted(mixers))
     fixed = structures, teacher.graphdef, name, config.dtype
-    sums = None
+    sums = {i: NormalEquations.zeros(*mixers[i][name]["kernel"].shape) for i in mixers}
+    has_batches = False
     for batch in batches:
-        sums = _add(*fixed, teacher.params, mixers, sums, batch)
-    if sums is None:
+        sums, has_batches = _add(*fixed, teacher.params, mixers, sums, batch), True
+    if not has_batches:
         raise ValueError("init='copy_refit' fits the output projections: give it some batches")
     return {
         i: {
@@ -151,7 +152,7 @@ def _add(
     dtype: str,
     params: Any,
     mixers: Mixers,
-    sums: dict[int, NormalEquations] | None,
+    sums: dict[int, NormalEquations],
     batch: Batch,
 ) -> dict[int, NormalEquations]:
     """One batch's sums of all layers."""
@@ -166,8 +167,7 @@ def _add(
         goal = features["mixer_outputs"][i].astype(jnp.float32)
         if "bias" in weights[name]:
             goal = goal - weights[name]["bias"].astype(jnp.float32)
-        size = weights[name]["kernel"].shape
-        rows[i] = weights, h, goal, NormalEquations.zeros(*size) if sums is None else sums[i]
+        rows[i] = weights, h, goal, sums[i]
 
     def one(structure, shared, row):
         weights, h, goal, before = row

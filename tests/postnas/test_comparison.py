@@ -84,7 +84,7 @@ def context():
         mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1]),
         objectives=(objective("text", "perplexity", "kl", "search"),),
         tuning=objective("text", "perplexity", "kl", "tuning"),
-        batch_size=4, log_every=1, checkpoint_every=2,
+        batch_size=4, log_every=1,
     )  # fmt: skip
 
 
@@ -198,6 +198,7 @@ def test_a_comparison_that_was_killed_goes_on_with_the_same_numbers(done, contex
 
         return make
 
+    context = dataclasses.replace(context, checkpoint_every=2)
     only = settings(arms={"window": ARMS["window"]}, reference="window")
     for count in (3, 2 + 4 + 3):  # steps 3 of the alignment; 3 of the first run that counts
         with pytest.MonkeyPatch.context() as patch:
