@@ -2,9 +2,10 @@
 
     python search.py --config=configs/search_smollm.py --workdir=runs/search
 
-Stages: align, supernet, placement, hybrid, report. All of them run in turn, or one with --stage.
-What is done is not done again, and a stage that was killed goes on from its newest checkpoint: run
-the same command again. SIGTERM or Ctrl-C saves and ends it.
+Stages: align, supernet, placement, blocks, ablations, shapes, hybrid, distill, finetune
+and report. Those that the config has settings for run in turn, or one alone with --stage. What is done is not done
+again, and a stage that was killed goes on from its newest checkpoint: run the same command again.
+SIGTERM or Ctrl-C saves and ends it.
 
 In the workdir: a JSON file a stage with what it decided, tables and figures, `model/` (the hybrid,
 for train.py and every other command) and `report.html`.
@@ -22,7 +23,7 @@ from jet_jax import command_line, processes, sharding
 from jet_jax.postnas.search import Search
 from jet_jax.postnas.search_config import SearchConfig
 from jet_jax.postnas.stage_training import Stopped
-from jet_jax.postnas.stages import STAGES, check_gates, run
+from jet_jax.postnas.stages import STAGES, check_gates, is_asked, run
 from jet_jax.progress import Display
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings.", lock_config=True)
@@ -54,7 +55,7 @@ def search_all(search: Search, only: str | None) -> None:
         f"layers and {teacher.param_count():,} parameters, linear path {search.net.kind}"
     )
     check_gates(search)
-    for stage in [only] if only else STAGES:
+    for stage in [only] if only else [s for s in STAGES if is_asked(search.config, s)]:
         if search.is_done(stage) and not only and stage != "report":
             display.say(f"{stage}: done before")
             continue

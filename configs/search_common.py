@@ -1,5 +1,6 @@
 """The settings of `search.py` with their defaults, for config files to start from."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -7,8 +8,11 @@ from ml_collections import ConfigDict
 from configs.common import fields
 from jet_jax.data import DataConfig
 from jet_jax.optim import OptimConfig
+from jet_jax.postnas.comparison_config import ComparisonConfig, MeasureConfig
 from jet_jax.postnas.paths import PathLaw
 from jet_jax.postnas.search_config import (
+    COMPARED,
+    TRAINED,
     LinearConfig,
     ObjectiveConfig,
     PlacementConfig,
@@ -21,9 +25,9 @@ from jet_jax.train_config import DistributedConfig, MeshConfig
 
 
 def defaults() -> Any:
-    """A `ConfigDict` of all settings; `objective` adds what to search by."""
+    """A `ConfigDict` of all settings; `objective` adds what to search by, `comparison` blocks."""
     sections = ("data", "linear", "align", "supernet", "placement", "mesh", "distributed")
-    config = fields(SearchConfig, leave_out=sections)
+    config = fields(SearchConfig, leave_out=(*sections, *COMPARED, *TRAINED))
     config.data = fields(DataConfig)
     config.linear = fields(LinearConfig, leave_out=("options",))
     config.linear.options = ConfigDict()
@@ -45,6 +49,22 @@ def objective(task: str, **changes: Any) -> ConfigDict:
     """An objective with all of its settings."""
     out = fields(ObjectiveConfig)
     out.task = task
+    for name, value in changes.items():
+        out[name] = value
+    return out
+
+
+def comparison(arms: Mapping[str, Any], **changes: Any) -> ConfigDict:
+    """A comparison of layers with all of its settings, for `blocks`, `ablations` or `shapes`."""
+    inner = {"loss": PathLoss, "measure": MeasureConfig}
+    optims = ("optim", "align_optim")
+    out = fields(ComparisonConfig, leave_out=("arms", *optims, *inner))
+    for name, section in inner.items():
+        out[name] = fields(section)
+    for name in optims:
+        out[name] = fields(OptimConfig)
+        out[name].weight_decay = 0.0
+    out.arms = ConfigDict({name: dict(arm) for name, arm in arms.items()})
     for name, value in changes.items():
         out[name] = value
     return out

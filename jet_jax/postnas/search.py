@@ -19,11 +19,15 @@ from jax.sharding import Mesh
 
 from jet_jax import data, io, sharding
 from jet_jax.config import ModelConfig
+from jet_jax.distill import Teacher
 from jet_jax.evaluation.tasks import Settings, find, read_documents
 from jet_jax.params import flatten, split
 from jet_jax.postnas import supernet
+from jet_jax.postnas.comparison_config import ComparisonConfig
+from jet_jax.postnas.comparison_context import ComparisonContext
 from jet_jax.postnas.inherit import matched_options
 from jet_jax.postnas.initialise import linear_weights
+from jet_jax.postnas.json_files import plain, write_json
 from jet_jax.postnas.objectives import Objective, check_objectives
 from jet_jax.postnas.path_scores import PathScorer
 from jet_jax.postnas.placement import Placement
@@ -73,14 +77,16 @@ class Search:
     @cached_property
     def objectives(self) -> list[Objective]:
         """The objectives with their rows, of the split "search"."""
-        tokenizer = data.load_tokenizer(self.config.data.tokenizer, self.teacher.vocab_size)
-        out = []
-        for name, wanted in self.config.placement.objectives.items():
-            task = find([wanted.task])[wanted.task]
-            rows = task.rows(tokenizer, _settings(wanted, "search"))
-            out.append(Objective(name, rows, wanted.figure, wanted.gate))
+        out = [self.objective(name, "search") for name in self.config.placement.objectives]
         check_objectives(out)
         return out
+
+    def objective(self, name: str, split_name: str) -> Objective:
+        """An objective with its rows, of a split."""
+        wanted = self.config.placement.objectives[name]
+        tokenizer = data.load_tokenizer(self.config.data.tokenizer, self.teacher.vocab_size)
+        rows = find([wanted.task])[wanted.task].rows(tokenizer, _settings(wanted, split_name))
+        return Objective(name, rows, wanted.figure, wanted.gate)
 
     def check(self) -> None:
         """Finds what is wrong with the settings before any compute is spent.
@@ -95,7 +101,7 @@ class Search:
         sharding.check_batch(self.config.placement.batch_size, self.mesh)
         if jax.process_count() > 1:
             raise ValueError("a search runs in one process so far; give it one host's devices")
-        path, mine = self.workdir / "search.json", _plain(self.config.to_dict())
+        path, mine = self.workdir / "search.json", plain(self.config.to_dict())
         if path.exists():
             there = flatten(json.loads(path.read_text(encoding="utf-8")))
             changed = [
@@ -173,6 +179,28 @@ class Search:
             self.net, params, self.objectives, self.mesh, batch_size=c.batch_size, chunk=c.chunk
         )
 
+    def comparison(self, settings: ComparisonConfig) -> ComparisonContext:
+        """What the arms of a comparison share, in the placement that was chosen.
+
+        Raises:
+          ValueError: there is no placement yet.
+        """
+        c, placement = self.config, self.config.placement
+        tuned_by = (*settings.judged_by, placement.full_by)[0]
+        return ComparisonContext(
+            teacher=Teacher.of(io.load(c.teacher, dtype=self.teacher.dtype, mesh=self.mesh)),
+            path=self.result("placement")["path"],
+            data=c.data,
+            mesh=self.mesh,
+            objectives=self.objectives,
+            tuning=self.objective(tuned_by, "tuning"),
+            window=placement.window,
+            batch_size=placement.batch_size,
+            log_every=c.log_every,
+            checkpoint_every=c.checkpoint_every,
+            measurements=self.workdir / "measurements",
+        )
+
     # ---- results ------------------------------------------------------------------------------
 
     def is_done(self, stage: str) -> bool:
@@ -193,13 +221,6 @@ class Search:
         return json.loads((self.workdir / f"{stage}.json").read_text(encoding="utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file as a whole."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
 def _settings(wanted: ObjectiveConfig, split_name: str) -> Settings:
     documents = read_documents(wanted.documents) if wanted.documents else ()
     return Settings(
@@ -210,8 +231,3 @@ def _settings(wanted: ObjectiveConfig, split_name: str) -> Settings:
 
 def _float32_shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), tree)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON gives it back."""
-    return json.loads(json.dumps(value))

@@ -11,13 +11,16 @@ from jet_jax.config import DTYPES
 from jet_jax.data.config import DataConfig
 from jet_jax.io import tokenizer_dir
 from jet_jax.mixer_options import build
+from jet_jax.mixers import MIXERS
 from jet_jax.optim import OptimConfig, make_schedule
+from jet_jax.postnas.comparison_config import ComparisonConfig
 from jet_jax.postnas.inherit import INITS
 from jet_jax.postnas.objectives import FIGURES
 from jet_jax.postnas.paths import PathLaw
 from jet_jax.postnas.training import PathLoss
-from jet_jax.train_config import DistributedConfig, MeshConfig
+from jet_jax.train_config import DistributedConfig, MeshConfig, TrainConfig
 
+COMPARED, TRAINED = ("blocks", "ablations", "shapes"), ("distill", "finetune")
 SELECTORS = ("beam", "single", "kl_greedy", "halo_ratio", "uniform", "random", "given")
 
 
@@ -28,13 +31,14 @@ class LinearConfig:
     Attributes:
       kind: layer type.
       options: its options; empty takes those that match the attention's heads.
-      init: `random`, `copy` or `copy_refit`.
+      init: `random`, `copy` or `copy_refit`. Measured on SmolLM2-135M (benchmarks/RESULTS.md), the
+        copy is ahead of both after two million tokens of alignment.
       refit_batches: batches that `copy_refit` fits on.
     """
 
     kind: str = "gla"
     options: Mapping[str, Any] = field(default_factory=dict)
-    init: str = "copy_refit"
+    init: str = "copy"
     refit_batches: int = 4
 
     def __post_init__(self) -> None:
@@ -184,6 +188,13 @@ class SearchConfig:
       align: the teacher-forced stage.
       supernet: the sampled paths.
       placement: where attention stays.
+      blocks: a comparison of layers in the chosen placement; None for none.
+      ablations: another, of one block's variants.
+      shapes: another, of one block's shapes at one cache size; the fastest good one is chosen.
+      final: what the hybrid has where it keeps no attention: empty for the supernet's linear path
+        as trained, "blocks" or "shapes" for what that comparison chose, or a layer type.
+      distill: settings of `train.py` for the first run of final training; None for none.
+      finetune: the same for the second.
       mesh: device mesh.
       distributed: processes.
       seed: of new weights and of the paths.
@@ -199,6 +210,12 @@ class SearchConfig:
     linear: LinearConfig = field(default_factory=LinearConfig)
     align: StageConfig = field(default_factory=StageConfig)
     supernet: SupernetConfig = field(default_factory=SupernetConfig)
+    blocks: ComparisonConfig | None = None
+    ablations: ComparisonConfig | None = None
+    shapes: ComparisonConfig | None = None
+    final: str = ""
+    distill: Mapping[str, Any] | None = None
+    finetune: Mapping[str, Any] | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     seed: int = 0
@@ -226,10 +243,31 @@ class SearchConfig:
                 )
             if stage.steps:
                 make_schedule(stage.optim, stage.steps)  # says whether warm-up and decay fit
+        if self.final in ("blocks", "shapes") and getattr(self, self.final) is None:
+            raise ValueError(f"final={self.final!r} takes what that comparison chose; set it")
+        if self.final and self.final not in ("blocks", "shapes", *MIXERS):
+            raise ValueError(f"final={self.final!r} is unknown; use blocks, shapes or a layer type")
+        for name in TRAINED:
+            if getattr(self, name) is not None:  # wrong settings come up now, not in hours
+                TrainConfig.from_dict(self.training(name, self.teacher))
         if not self.teacher:
             raise ValueError("teacher is not set; give the directory of the model to convert")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown; use {' or '.join(DTYPES)}")
+
+    def training(self, name: str, student: str) -> dict[str, Any]:
+        """The settings of a run of final training, those of the search filled in.
+
+        Args:
+          name: "distill" or "finetune".
+          student: directory of the model that it starts from.
+        """
+        values = dict(getattr(self, name))
+        own = {k: v for k, v in dict(values.get("data") or {}).items() if v not in (None, "", ())}
+        values["data"] = {"train": self.data.train, "tokenizer": self.data.tokenizer} | own
+        values["distill"] = {**dict(values.get("distill") or {}), "teacher": self.teacher}
+        fixed = {"init_from": student, "dtype": self.dtype, "compile_cache": self.compile_cache}
+        return values | fixed | {"mesh": dataclasses.asdict(self.mesh)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SearchConfig:
@@ -261,6 +299,9 @@ class SearchConfig:
                 if isinstance(part.get(key), Mapping):
                     part[key] = build(kind, dict(part[key]), f"{name}.{key}")
             values[name] = build(section, part, name)
+        for name in COMPARED:
+            if isinstance(values.get(name), Mapping):
+                values[name] = ComparisonConfig.from_dict(values[name], name)
         return build(cls, values, "the config")
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from jet_jax import metrics
-from jet_jax.postnas import figures, report
-from jet_jax.postnas.search_config import SearchConfig
+from jet_jax.postnas import comparison_report, figures, report
+from jet_jax.postnas.search_config import COMPARED, TRAINED, SearchConfig
+
+TITLES = {
+    "blocks": "Comparison of blocks",
+    "ablations": "Ablations of a block",
+    "shapes": "Shapes at one cache size",
+    "distill": "Final training, first run",
+    "finetune": "Final training, second run",
+}
 
 
 def write_report(workdir: Path, config: SearchConfig) -> Path:
@@ -24,13 +32,19 @@ def write_report(workdir: Path, config: SearchConfig) -> Path:
     sections = []
     found = {
         name: json.loads((workdir / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("align", "supernet", "placement", "hybrid")
+        for name in ("align", "supernet", "placement", "hybrid", *COMPARED, *TRAINED)
         if (workdir / f"{name}.json").is_file()
     }
     if "hybrid" in found:
         sections.append(("The hybrid", _hybrid(found["hybrid"])))
     if "placement" in found:
         sections.append(("Placement", _placement(workdir, found["placement"])))
+    sections += [(TITLES[name], comparison_report.html(workdir / name)) for name in COMPARED
+                 if name in found]  # fmt: skip
+    if "shapes" in found:
+        sections.append(("The chosen shape", [report.paragraph(_shape(found["shapes"]))]))
+    sections += [(TITLES[name], _final(workdir / name, found[name])) for name in TRAINED
+                 if name in found]  # fmt: skip
     stages = {
         name: metrics.read_records(workdir / name, "train")
         for name in ("align", "supernet")
@@ -41,6 +55,26 @@ def write_report(workdir: Path, config: SearchConfig) -> Path:
     sections.append(("Settings", [report.details("all settings", config.to_dict())]))
     title = f"PostNAS: {Path(config.teacher).name} with {config.linear.kind}"
     return report.write(workdir / "report.html", title, sections)
+
+
+def _shape(chosen: dict[str, Any]) -> str:
+    alone = ", ".join(f"{name} {shape}" for name, shape in chosen["by_objective"].items())
+    return f"{chosen['shape']}, by the rule: {chosen['rule']}. By one objective alone: {alone}."
+
+
+def _final(folder: Path, trained: dict[str, Any]) -> list[str]:
+    rows = [
+        [when, trained[when]["loss"], trained[when].get("kl", "–")]
+        for when in ("first", "last")
+        if trained[when]
+    ]
+    head = ["", "validation loss, nats a token", "KL to the teacher"]
+    records = {folder.name: metrics.read_records(folder, "train")}
+    return [
+        report.paragraph(f"{trained['steps']:,} steps, {trained['tokens']:,} tokens."),
+        *([report.table(head, rows)] if rows else []),
+        report.image(figures.losses(records, folder / "losses.png")),
+    ]
 
 
 def _hybrid(hybrid: dict[str, Any]) -> list[str]:

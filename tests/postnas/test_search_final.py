@@ -1,0 +1,70 @@
+"""What follows a placement: comparisons of layers, the hybrid of the best one, final training."""
+
+import json
+
+import pytest
+from test_search_stages import DATA, compiled_once, mesh, settings, teacher  # noqa: F401
+
+import jet_jax
+from jet_jax.postnas.search import Search
+from jet_jax.postnas.stages import STAGES, is_asked, run
+
+OPTIM = {"lr": 1e-3, "warmup_steps": 1}
+COMPARISON = {
+    "learning_rates": (1e-3,), "seeds": (0,), "align_steps": 1, "steps": 2, "init": "copy",
+    "align_optim": OPTIM, "optim": OPTIM, "measure": None,
+}  # fmt: skip
+TRAINING = {
+    "steps": 2, "optim": OPTIM, "log_every": 1,
+    "data": {"valid": (str(DATA / "valid.jsonl"),), "seq_len": 32, "batch_size": 8},
+    "eval_batches": 1,
+}  # fmt: skip
+
+
+def config(teacher, **changes):  # noqa: F811
+    good = settings(teacher)
+    text = {"text": good.placement.objectives["text"]}
+    values = {
+        "align": {"steps": 0},
+        "supernet": {"steps": 0},
+        "linear": {"kind": "gla", "init": "copy"},
+        "placement": {"objectives": text, "full": 1, "selector": "given", "layers": (2,)},
+        "blocks": COMPARISON | {"arms": {"gdn": {"kind": "gdn"}, "retnet": {"kind": "retnet"}}},
+        "final": "blocks",
+        "distill": TRAINING,
+        "finetune": TRAINING | {"distill": {"mse": 0.0}},
+    }
+    return settings(teacher, **(values | changes))
+
+
+def test_blocks_hybrid_and_final_training_follow_a_placement(teacher, mesh, tmp_path):  # noqa: F811
+    search = Search(config(teacher), tmp_path, mesh)
+    search.check()
+    asked = [stage for stage in STAGES if is_asked(search.config, stage)]
+    assert set(STAGES) - set(asked) == {"ablations", "shapes"}
+    results = {stage: run(search, stage) for stage in asked}
+    arms = results["blocks"]["arms"]
+    means = {name: arm["figures"]["text"]["mean"] for name, arm in arms.items()}
+    best = min(means, key=means.get)
+    assert results["hybrid"]["layer_types"] == [best, best, "attn", best]
+    assert results["distill"]["last"]["step"] == 2 and results["distill"]["last"]["kl"] > 0
+    last = jet_jax.load(results["finetune"]["model"])
+    assert list(last.config.layer_types) == results["hybrid"]["layer_types"]
+    page = (tmp_path / "report.html").read_text()
+    for title in ("Comparison of blocks", "Final training, first run", "KL to the teacher"):
+        assert title in page
+    assert json.loads((tmp_path / "blocks.json").read_text())["reference"] == "gdn"
+
+
+def test_what_is_wrong_with_later_stages_is_told_first(teacher, mesh, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match="final='shapes' takes what that comparison chose"):
+        config(teacher, final="shapes")
+    with pytest.raises(ValueError, match="final='gdm' is unknown"):
+        config(teacher, final="gdm")
+    with pytest.raises(ValueError, match="stepz"):
+        config(teacher, distill=TRAINING | {"stepz": 3})
+    with pytest.raises(ValueError, match="blocks: layer type 'gdx' is unknown"):
+        config(teacher, blocks=COMPARISON | {"arms": {"gdx": {"kind": "gdx"}}})
+    search = Search(config(teacher), tmp_path, mesh)
+    with pytest.raises(ValueError, match=r"no settings for the stage 'shapes'; add config\.shapes"):
+        run(search, "shapes")
