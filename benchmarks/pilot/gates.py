@@ -15,7 +15,6 @@ from benchmarks.pilot.material import Material
 from jet_jax.evaluation import retrieval
 from jet_jax.evaluation.arithmetic import arithmetic
 from jet_jax.evaluation.choices import cloze
-from jet_jax.evaluation.documents import perplexity_rows
 from jet_jax.evaluation.harness import evaluate
 from jet_jax.evaluation.rows import Rows
 
@@ -66,7 +65,7 @@ def gate(material: Material, task: str, length: int) -> dict[str, Any]:
         except ValueError as error:
             found.append(result | {"note": str(error)})
             continue
-        scored = evaluate(material.model, rows, max(1, BATCH_TOKENS // length))
+        scored = evaluate(material.model, rows, _batch_size(material, length))
         p, n = scored["accuracy"], scored["questions"]
         error = math.sqrt(p * (1 - p) / n)
         found.append(
@@ -75,13 +74,18 @@ def gate(material: Material, task: str, length: int) -> dict[str, Any]:
     return {"length": length, "settings": found}
 
 
+def _batch_size(material: Material, length: int) -> int:
+    """Rows at a time, the same for all tasks of a length: one program serves them."""
+    return max(1, min(BATCH_TOKENS // length, material.sizes.texts))
+
+
 def by_position(material: Material) -> dict[str, Any]:
     """The teacher's nats a token and perplexity on held-out text, by how much text precedes."""
     length = material.sizes.path[1]
-    rows = perplexity_rows(material.tokenizer, material.documents, length)
-    scored = evaluate(material.model, rows, max(1, BATCH_TOKENS // length), edges=EDGES)
+    rows = material.text(3 * material.sizes.text_rows)
+    scored = evaluate(material.model, rows, _batch_size(material, length), edges=EDGES)
     return {
-        "documents": len(material.documents),
+        "documents": rows.num_items,
         "buckets": {
             name: {"tokens": x["tokens"], "nll": x["nll"], "perplexity": math.exp(x["nll"])}
             for name, x in scored["buckets"].items()
