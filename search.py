@@ -2,10 +2,10 @@
 
     python search.py --config=configs/search_smollm.py --workdir=runs/search
 
-Stages: align, supernet, placement, blocks, ablations, shapes, hybrid, distill, finetune
-and report. Those that the config has settings for run in turn, or one alone with --stage. What is done is not done
-again, and a stage that was killed goes on from its newest checkpoint: run the same command again.
-SIGTERM or Ctrl-C saves and ends it.
+Stages: align, supernet, placement, blocks, ablations, shapes, hybrid, distill, finetune, report.
+Those that the config has settings for run in turn, or one alone with --stage. What is done is not
+done again, and a stage that was killed goes on from its newest checkpoint: run the same command
+again. SIGTERM or Ctrl-C saves and ends it.
 
 In the workdir: a JSON file a stage with what it decided, tables and figures, `model/` (the hybrid,
 for train.py and every other command) and `report.html`.

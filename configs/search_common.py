@@ -27,7 +27,7 @@ from jet_jax.train_config import DistributedConfig, MeshConfig
 def defaults() -> Any:
     """A `ConfigDict` of all settings; `objective` adds what to search by, `comparison` blocks."""
     sections = ("data", "linear", "align", "supernet", "placement", "mesh", "distributed")
-    config = fields(SearchConfig, leave_out=(*sections, *COMPARED, *TRAINED))
+    config = fields(SearchConfig, leave_out=(*sections, *COMPARED, *TRAINED, "final_options"))
     config.data = fields(DataConfig)
     config.linear = fields(LinearConfig, leave_out=("options",))
     config.linear.options = ConfigDict()

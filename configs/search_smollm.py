@@ -9,18 +9,23 @@ search that means something needs more text and held-out documents of 2,048 toke
 `--config.placement.objectives.text.documents="('corpus/valid.jsonl',)"`.
 
 Linear path: gated linear attention of the attention's own shape (9 heads of 64). 8 million tokens
-of teacher-forced alignment, 20 million on sampled paths. `:smoke` runs a few steps on a few rows.
+of teacher-forced alignment, 20 million on sampled paths, then final training on 33 and 16 million.
+`:all` also compares blocks, variants of the JetBlock and shapes. `:smoke` runs a few steps on a few
+rows.
 """
 
 from pathlib import Path
 
-from configs.search_common import defaults, objective
+from configs import distill, distill_all
+from configs.search_common import comparison, defaults, objective
+from jet_jax.postnas.ablations import ablation_arms
+from jet_jax.postnas.arms import block_arms, shape_arms
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "quickstart"
 
 
 def get_config(arg=""):
-    """The settings; `arg` "smoke" makes a short one that shows that everything works."""
+    """The settings; `arg` "all" adds comparisons, "smoke" makes a search of a few minutes."""
     config = defaults()
     config.teacher = "models/smollm2"
     config.data.train = (str(DATA / "train.jsonl"),)
@@ -44,6 +49,7 @@ def get_config(arg=""):
     config.placement.window = 320
     config.placement.curve = (1, 2, 4)
     config.checkpoint_every = 100
+    config.distill, config.finetune = distill.get_config(), distill_all.get_config()
     if arg == "smoke":
         config.data.seq_len, config.data.batch_size = 128, 2
         for stage in (config.align, config.supernet):
@@ -54,6 +60,20 @@ def get_config(arg=""):
         config.placement.objectives.text.length = 128
         config.placement.selector = "single"
         config.placement.curve = (1,)
+        for run in (config.distill, config.finetune):
+            run.data.seq_len, run.data.batch_size, run.steps = 128, 2, 2
+            run.optim.warmup_steps = 1
+    elif arg == "all":
+        # 2 million tokens of alignment and 3 of distillation for each arm and seed.
+        runs = {"align_steps": 60, "steps": 90, "tuning_steps": 60, "init": "copy"}
+        config.blocks = comparison(block_arms(), reference="gdn", **runs)
+        config.ablations = comparison(ablation_arms(), reference="gdn", **runs)
+        shapes = shape_arms("gdn", 9 * 64 * 64, heads=(3, 6, 9))
+        runs["init"] = "random"  # other shapes than the attention's cannot be copied to
+        config.shapes = comparison(shapes, reference="64-64-9", **runs)
+        for part in (config.blocks, config.ablations, config.shapes):
+            part.align_optim.lr = 2e-3
+            part.optim.warmup_steps = part.align_optim.warmup_steps = 10
     elif arg:
-        raise ValueError(f"configs/search_smollm.py:{arg}: the only variant is :smoke.")
+        raise ValueError(f"configs/search_smollm.py:{arg}: there are :all and :smoke")
     return config

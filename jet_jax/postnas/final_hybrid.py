@@ -60,7 +60,7 @@ def chosen_arm(search: Search) -> ArmConfig:
         return ArmConfig(kind, search.result("shapes")["options"])
     if c.final == "blocks":
         return c.blocks.arms[best_arm(search.result("blocks"))]
-    return ArmConfig(c.final)
+    return ArmConfig(c.final, c.final_options)
 
 
 def best_arm(comparison: Mapping[str, Any]) -> str:

@@ -193,6 +193,7 @@ class SearchConfig:
       shapes: another, of one block's shapes at one cache size; the fastest good one is chosen.
       final: what the hybrid has where it keeps no attention: empty for the supernet's linear path
         as trained, "blocks" or "shapes" for what that comparison chose, or a layer type.
+      final_options: of that layer type, changes to those that match the attention's heads.
       distill: settings of `train.py` for the first run of final training; None for none.
       finetune: the same for the second.
       mesh: device mesh.
@@ -214,6 +215,7 @@ class SearchConfig:
     ablations: ComparisonConfig | None = None
     shapes: ComparisonConfig | None = None
     final: str = ""
+    final_options: Mapping[str, Any] = field(default_factory=dict)
     distill: Mapping[str, Any] | None = None
     finetune: Mapping[str, Any] | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
