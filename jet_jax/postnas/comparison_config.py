@@ -79,7 +79,7 @@ class ComparisonConfig:
       judged_by: names of objectives; empty takes all there are.
       learning_rates: peaks to choose from, for each arm on its own.
       seeds: training runs; one seed fixes data order and new weights for all arms alike.
-      init: how the new layers start: `copy_refit`, `copy` or `random`, as for a supernet.
+      init: how the new layers start: `copy`, `copy_refit` or `random`, as for a supernet.
       refit_batches: batches that `copy_refit` fits on.
       align_steps: steps of the alignment; 0 leaves it out.
       align_optim: its optimizer.
@@ -98,7 +98,7 @@ class ComparisonConfig:
     judged_by: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = (3e-4, 5e-4, 1e-3)
     seeds: tuple[int, ...] = (0, 1, 2, 3)
-    init: str = "copy_refit"
+    init: str = "copy"
     refit_batches: int = 4
     align_steps: int = 0
     align_optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
