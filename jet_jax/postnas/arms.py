@@ -79,7 +79,7 @@ def arm_options(teacher: ModelConfig, name: str, arm: ArmConfig) -> Any:
         arm's.
 
     Raises:
-      ValueError: options that are unknown or do not fit.
+      ValueError: options that are unknown or do not fit; it names the arm.
     """
     attention = teacher_attention(teacher)
     where, changes = f"arm {name!r}", dict(arm.options)
@@ -94,7 +94,11 @@ def arm_options(teacher: ModelConfig, name: str, arm: ArmConfig) -> Any:
     if arm.kind in MATCHED:
         matched = matched_options(arm.kind, attention, teacher.hidden_size)
         given = {f.name: getattr(matched, f.name) for f in dataclasses.fields(matched)}
-    return build(OPTIONS[arm.kind], given | changes, where)
+    try:
+        return build(OPTIONS[arm.kind], given | changes, where)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if where in text else f"{where}: {text}") from error
 
 
 def teacher_attention(teacher: ModelConfig) -> Any:
