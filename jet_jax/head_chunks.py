@@ -34,8 +34,11 @@ class Chunks:
     time: int
 
     @classmethod
-    def of(cls, batch: int, time: int, vocab: int, max_logits: int) -> Chunks:
-        """Cuts [batch, time] such that a chunk's logits stay below `max_logits` on one device."""
+    def of(
+        cls, hidden: Float[Array, "B T D"], head: Float[Array, "D E"], max_logits: int
+    ) -> Chunks:
+        """Cuts [B, T] such that a chunk's logits stay below `max_logits` on one device."""
+        (batch, time, _), vocab = hidden.shape, head.shape[1]
         shards = current_batch_shards(batch)
         most = max(1, max_logits // (batch // shards * vocab))
         length = math.ceil(time / math.ceil(time / most))  # equal chunks, least padding
@@ -73,8 +76,7 @@ def map_logits(
     Returns:
       The tree, its arrays [B,T]. Differentiable, recomputing logits chunk by chunk.
     """
-    hidden, head = models[0]
-    chunks = Chunks.of(*hidden.shape[:2], head.shape[1], max_logits // len(models))
+    chunks = Chunks.of(*models[0], max_logits // len(models))
     heads = [cast_head(w, h) for h, w in models]
 
     @jax.checkpoint

@@ -58,7 +58,7 @@ def cross_entropy(
       for `hidden` and `head`. `sums` holds, without gradient: `loss` (summed cross-entropy),
       `tokens` (sum of the mask) and `correct` (masked count of top-1 hits).
     """
-    chunks = Chunks.of(*hidden.shape[:2], head.shape[1], max_logits)
+    chunks = Chunks.of(hidden, head, max_logits)
     chunk_loss = partial(_cross_entropy, z_loss)
     out: Any = _summed_loss(chunk_loss, chunks, hidden, head, (targets, mask), ())
     total, sums = out
@@ -90,7 +90,7 @@ def kl_loss(
       At least 0 up to rounding; value and gradient are exactly 0 where the two models are the same
       arrays. Carries the gradient for `hidden` and `head`.
     """
-    chunks = Chunks.of(*hidden.shape[:2], head.shape[1], max_logits // 2)
+    chunks = Chunks.of(hidden, head, max_logits // 2)
     teacher_head = cast_head(teacher_head, teacher_hidden)
     out: Any = _summed_loss(_kl, chunks, hidden, head, (teacher_hidden, mask), (teacher_head,))
     return out[0]

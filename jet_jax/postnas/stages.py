@@ -85,8 +85,8 @@ def _train(
     forward = search.teacher.flops_per_token(c.data.seq_len)
     loop = Loop(
         name, search.workdir / name, steps, search.mesh, c.data.batch_size * c.data.seq_len,
-        # The teacher and, on sampled paths, the student with its gradients.
-        forward * (2 if name == "align" else 4), c.log_every, c.checkpoint_every,
+        # The teacher and, on sampled paths, the student and the gradients of its activations.
+        forward * (2 if name == "align" else 3), c.log_every, c.checkpoint_every,
     )  # fmt: skip
     with closing(search.batches(number)) as iterator:
         loop.run(state, step, iterator)
