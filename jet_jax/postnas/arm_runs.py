@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -130,12 +130,15 @@ class ArmRuns:
     def start(self, seed: int) -> dict[str, Any]:
         """The hybrid's weights before any training."""
         settings, mesh = self.settings, self.context.mesh
+        make = partial(
+            new_mixers, self.config, self.context.teacher, self.new_layers, settings.init,
+            jax.random.key(seed),
+        )  # fmt: skip
+        if settings.init != "copy_refit":
+            return self._with(make())
         with closing(self._data(seed, REFIT)) as batches, jax.set_mesh(mesh):
-            mixers = new_mixers(
-                self.config, self.context.teacher, self.new_layers, settings.init,
-                jax.random.key(seed),
-                (sharding.put_batch(b, mesh) for b in islice(batches, settings.refit_batches)),
-            )  # fmt: skip
+            some = islice(batches, settings.refit_batches)
+            mixers = make(sharding.put_batch(batch, mesh) for batch in some)
         return self._with(mixers)
 
     def _data(self, seed: int, sort: int) -> data.TrainIterator:

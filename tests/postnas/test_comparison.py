@@ -79,7 +79,7 @@ def context():
         path=(1, 1),
         data=DataConfig(
             train=(str(DATA / "train.jsonl"),), tokenizer=str(DATA / "tokenizer"), seq_len=32,
-            batch_size=4, num_threads=0, prefetch=0,
+            batch_size=4, num_threads=0, pack_rows=16, prefetch=0,
         ),
         mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1]),
         objectives=(objective("text", "perplexity", "kl", "search"),),
@@ -99,6 +99,7 @@ def losses(folder):
     return {r["step"]: r["loss"] for r in read_records(folder, "train")}
 
 
+@pytest.mark.slow  # with what it sets up
 def test_every_arm_is_trained_judged_and_described(done, context):
     folder, summary = done
     assert list(summary["arms"]) == ["retnet", "rwkv7", "window"]
@@ -233,6 +234,7 @@ def test_what_is_finished_is_not_run_again(done, context, monkeypatch):
         compare(settings(), folder, elsewhere)
 
 
+@pytest.mark.slow
 def test_shapes_are_compared_and_chosen(context, tmp_path):
     """Random starts, since heads of other widths cannot be copied; one seed, speeds measured."""
     arms = shape_arms("gdn", 256, shapes=("8-8-4", "16-8-2"))
