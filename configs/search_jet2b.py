@@ -49,7 +49,7 @@ def get_config(arg=""):
     config.supernet.law.max_full = 8 if small else 12
     config.supernet.loss.kl = 1.0 if small else 0.0
     config.supernet.train_full = not small
-    config.supernet.accumulation = 1 if small else 4
+    config.supernet.accumulation = 2 if small else 32
     config.supernet.optim.lr = 5e-4
     config.supernet.optim.warmup_steps = 50
 

@@ -38,7 +38,7 @@ from jet_jax.postnas.supernet import Supernet
 # Settings that say how a search is computed, not what it is.
 HOW = (
     r"(mesh|distributed)\.|(log_every|checkpoint_every|compile_cache)$|data\.(num_threads|prefetch)$"
-    r"|placement\.(batch_size|chunk)$|supernet\.accumulation$"
+    r"|placement\.(batch_size|chunk)$|supernet\.(accumulation|remat)$"
 )
 
 

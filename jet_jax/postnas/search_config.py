@@ -17,6 +17,7 @@ from jet_jax.postnas.comparison_config import ComparisonConfig
 from jet_jax.postnas.inherit import INITS
 from jet_jax.postnas.objectives import FIGURES
 from jet_jax.postnas.paths import PathLaw
+from jet_jax.postnas.supernet import REMATS
 from jet_jax.postnas.training import PathLoss
 from jet_jax.train_config import DistributedConfig, MeshConfig, TrainConfig
 
@@ -66,6 +67,7 @@ class SupernetConfig:
       train_full: whether the attention of active full layers trains too, as the paper draws it.
       full_lr: its learning-rate factor.
       accumulation: parts that a batch is worked off in.
+      remat: what is computed again for the gradients: `mixer`, or the whole `layer` to save memory.
     """
 
     steps: int = 0
@@ -75,6 +77,11 @@ class SupernetConfig:
     train_full: bool = False
     full_lr: float = 0.1
     accumulation: int = 1
+    remat: str = "mixer"
+
+    def __post_init__(self) -> None:
+        if self.remat not in REMATS:
+            raise ValueError(f"supernet.remat={self.remat!r} is unknown; use {', '.join(REMATS)}")
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def run_supernet(search: Search) -> dict[str, Any]:
     state = _state(search, trained, optimizer)
     step = training.make_path_step(
         search.net, optimizer, state, search.mesh, law=settings.law, loss=settings.loss,
-        seed=search.config.seed, accumulation=settings.accumulation,
+        seed=search.config.seed, accumulation=settings.accumulation, remat=settings.remat,
     )  # fmt: skip
     return _train(search, "supernet", 1, settings.steps, state, step)
 

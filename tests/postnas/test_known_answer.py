@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from configs import search_quickstart
-from jet_jax.postnas.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +24,8 @@ def test_the_search_keeps_the_two_layers_that_are_needed(name, tmp_path):
         ],
         cwd=ROOT, env=env | {"JAX_PLATFORMS": "cpu"}, check=True,
     )  # fmt: skip
-    assert all((tmp_path / f"{stage}.json").exists() for stage in STAGES)
+    done = ("align", "supernet", "placement", "hybrid", "report")
+    assert all((tmp_path / f"{stage}.json").exists() for stage in done)
     needed = [int(x) for x in name.split("-")]
     decision = json.loads((tmp_path / "placement.json").read_text())
     assert decision["full"]["layers"] == needed
