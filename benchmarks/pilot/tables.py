@@ -114,13 +114,17 @@ def _inits(ledger: Ledger) -> Iterator[str]:
 
 
 def _rates(ledger: Ledger) -> Iterator[str]:
+    arms = sorted(
+        (arm for arm in _arms(ledger) if arm[3] == "0"), key=lambda a: (*a[:2], a[4]["lr"])
+    )
+    starts = [arm[:2] for arm in arms]
     rows = [
-        [kind, lr, *_align_row(x)]
-        for kind, init, lr, seed, x in sorted(_arms(ledger), key=lambda a: (a[0], float(a[2])))
-        if init == "copy_refit" and seed == "0"
+        [kind, init, lr, *_align_row(x)]
+        for kind, init, lr, _, x in arms
+        if starts.count((kind, init)) > 1
     ]
     if rows:
-        table = markdown(["kind", "peak", *ALIGN_HEAD], rows)
+        table = markdown(["kind", "init", "peak", *ALIGN_HEAD], rows)
         yield f"## Learning rate of the alignment\n\n{table}"
 
 
