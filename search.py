@@ -79,7 +79,7 @@ def main(argv):
         search_all(search, _STAGE.value)
     except Stopped as stopped:
         print(f"{stopped}. Run the same command again to go on.")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"search.py: error: {error}")
 
 

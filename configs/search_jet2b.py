@@ -8,8 +8,9 @@ r"""The whole of PostNAS at the paper's size: from Qwen2.5-1.5B to a model like 
 Tokens as in arXiv 2508.15884: 50 billion for the supernet, 50 for each block, shape and the first
 run of final training, 350 for the second; a million a step. What the paper leaves open is decided
 in docs/postnas.md. Nothing of this size has been run with it: it is checked to build, and the
-supernet's step to fit one 80 GB device at 8 rows of 4,096 tokens. `:small` takes the same stages
-with a two-hundredth of the tokens, copied weights, alignment and KL, the recipe for small budgets.
+supernet's step to fit one 80 GB device at 8 rows of 4,096 tokens (comparisons take a whole batch at
+once and need a pod). `:small` takes the same stages with a two-hundredth of the tokens, copied
+weights, alignment and KL, the recipe for small budgets.
 """
 
 from configs import distill, distill_all

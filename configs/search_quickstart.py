@@ -1,29 +1,35 @@
-"""Finds the two layers that a tiny recall teacher needs; about two minutes on two CPU cores.
+"""Finds the two layers that a tiny recall teacher needs, then goes through all other stages.
 
     python search.py --config=configs/search_quickstart.py --workdir=runs/search_quickstart
 
 The teachers in data/recall have six layers, of which two have full attention and four a window of
 four tokens, and answer questions that take two look-ups in a table of 24 pairs. The linear path's
-state is too small for the table, so the answer is known: the search must keep those two layers. The
-argument names the teacher: `:1-4` (the default), `:2-4` or `:1-3`.
+state is too small for the table, so the answer is known: the search must keep those two layers.
+
+Without an argument all stages run, with two arms in each comparison and a few steps of final
+training, which shows how they work and compares nothing in earnest. `:1-4`, `:2-4` and `:1-3` name
+a teacher by its full layers and only place: a minute or two on two CPU cores.
 """
 
 from pathlib import Path
 
-from configs.search_common import defaults, objective
+from configs import distill, distill_all
+from configs.search_common import comparison, defaults, objective
+from jet_jax.postnas.ablations import ablation_arms
+from jet_jax.postnas.arms import shape_arms
 
 RECALL = Path(__file__).resolve().parent.parent / "data" / "recall"
 TEACHERS = ("1-4", "2-4", "1-3")
 
 
 def get_config(arg=""):
-    """The settings; `arg` names the two full layers of the teacher."""
-    arg = arg or TEACHERS[0]
-    if arg not in TEACHERS:
+    """The settings; `arg` names the two full layers of the teacher and leaves it at placement."""
+    teacher = arg or TEACHERS[0]
+    if teacher not in TEACHERS:
         known = ", ".join(f":{name}" for name in TEACHERS)
         raise ValueError(f"configs/search_quickstart.py:{arg} is unknown; there are {known}")
     config = defaults()
-    config.teacher = str(RECALL / f"full_{arg.replace('-', '_')}")
+    config.teacher = str(RECALL / f"full_{teacher.replace('-', '_')}")
     config.data.train = (str(RECALL / "train.jsonl"),)
     config.data.seq_len = 74  # a row of text
     config.data.batch_size = 32
@@ -45,4 +51,30 @@ def get_config(arg=""):
     config.placement.full = 2
     config.placement.curve = (1, 2, 3)
     config.checkpoint_every = 50
+    if not arg:
+        _add_other_stages(config, search)
     return config
+
+
+def _add_other_stages(config, held_out):
+    """Comparisons of two arms each, the best block, and both runs of final training."""
+    jet = {"num_heads": 2, "head_dim": 8, "expand_v": 2.0}
+    variants = ablation_arms(jet)
+    blocks = {"gdn": {"kind": "gdn", "options": jet}, "jet": {"kind": "jet", "options": jet}}
+    ablations = {name: variants[name] for name in ("jet", "no-conv")}
+    shapes = shape_arms("gdn", 2 * 8 * 16, shapes=("8-16-2", "16-16-1"))
+    for name, arms in (("blocks", blocks), ("ablations", ablations), ("shapes", shapes)):
+        config[name] = comparison(arms, align_steps=20, steps=10, init="random")
+        config[name].learning_rates, config[name].seeds = (2e-3,), (0,)
+        config[name].optim.warmup_steps = config[name].align_optim.warmup_steps = 2
+        config[name].align_optim.lr = 1e-2
+        sizes = {"context": 64, "batch": 2, "prefill_length": 64, "chunk": 32, "repeats": 3}
+        config[name].measure.update(sizes)
+    config.final = "blocks"
+    for name, stage in (("distill", distill), ("finetune", distill_all)):
+        config[name] = stage.get_config()
+        config[name].data.seq_len, config[name].data.batch_size = 74, 32
+        config[name].data.valid = held_out
+        config[name].optim.warmup_steps = 5
+        config[name].remat, config[name].steps = "none", 40
+        config[name].log_every = 10

@@ -19,6 +19,7 @@ from jet_jax.postnas.comparison_config import ArmConfig
 from jet_jax.postnas.hybrid_start import new_mixers
 from jet_jax.postnas.paths import LINEAR
 from jet_jax.postnas.search import Search
+from jet_jax.postnas.search_config import COMPARED
 
 
 def converted(search: Search, path: Sequence[int]) -> tuple[ModelConfig, dict[str, Any]]:
@@ -30,22 +31,23 @@ def converted(search: Search, path: Sequence[int]) -> tuple[ModelConfig, dict[st
 
     Returns:
       The model's config and its weights, nested: the teacher's in its compute dtype, those of the
-      new layers float32, started as `linear.init` says.
+      new layers float32, started as the comparison's, or as `linear.init` says.
 
     Raises:
       ValueError: the comparison is not done, or options do not fit.
     """
     c = search.config
     arm = chosen_arm(search)
-    config = hybrid_config(search.teacher, path, "final", arm, c.placement.window)
+    config = hybrid_config(search.teacher, path, "final", arm, search.window)
     model = io.load(c.teacher, dtype=search.teacher.dtype, mesh=search.mesh)
+    init = getattr(c, c.final).init if c.final in COMPARED else c.linear.init
     layers = [i for i, choice in enumerate(path) if choice == LINEAR]
     with closing(search.batches(2)) as iterator, jax.set_mesh(search.mesh):
         batches = (
             sharding.put_batch(b, search.mesh) for b in islice(iterator, c.linear.refit_batches)
         )
         key = jax.random.key(c.seed)
-        mixers = new_mixers(config, Teacher.of(model), layers, c.linear.init, key, batches)
+        mixers = new_mixers(config, Teacher.of(model), layers, init, key, batches)
     weights = split(model)[1]
     for i in layers:
         weights["layers"][i] = {**weights["layers"][i], "mixer": mixers[i]}
@@ -59,21 +61,21 @@ def chosen_arm(search: Search) -> ArmConfig:
         kind = next(iter(c.shapes.arms.values())).kind
         return ArmConfig(kind, search.result("shapes")["options"])
     if c.final == "blocks":
-        return c.blocks.arms[best_arm(search.result("blocks"))]
+        return c.blocks.arms[best_arm(search.result("blocks"), search.judge(c.blocks))]
     return ArmConfig(c.final, c.final_options)
 
 
-def best_arm(comparison: Mapping[str, Any]) -> str:
-    """The arm with the best mean of a comparison's first objective.
+def best_arm(comparison: Mapping[str, Any], objective: str) -> str:
+    """The arm with the best mean of an objective.
 
     Raises:
       ValueError: no arm has one.
     """
-    name, about = next(iter(comparison["objectives"].items()))
     means = {
-        arm: found["figures"][name]["mean"]
+        arm: found["figures"][objective]["mean"]
         for arm, found in comparison["arms"].items()
-        if found["figures"][name]["mean"] is not None
+        if found["figures"][objective]["mean"] is not None
     }
     require(bool(means), "no arm of the comparison of blocks could be trained")
-    return (max if about["more_is_better"] else min)(means, key=lambda arm: means[arm])
+    more = comparison["objectives"][objective]["more_is_better"]
+    return (max if more else min)(means, key=lambda arm: means[arm])

@@ -21,24 +21,33 @@ from jet_jax import data, io, sharding
 from jet_jax.config import ModelConfig
 from jet_jax.distill import Teacher
 from jet_jax.evaluation.tasks import Settings, find, read_documents
+from jet_jax.option_checks import require
 from jet_jax.params import flatten, split
 from jet_jax.postnas import supernet
-from jet_jax.postnas.comparison_config import ComparisonConfig
+from jet_jax.postnas.arms import hybrid_config
+from jet_jax.postnas.comparison_config import ArmConfig, ComparisonConfig
 from jet_jax.postnas.comparison_context import ComparisonContext
 from jet_jax.postnas.inherit import matched_options
 from jet_jax.postnas.initialise import linear_weights
 from jet_jax.postnas.json_files import plain, write_json
 from jet_jax.postnas.objectives import Objective, check_objectives
 from jet_jax.postnas.path_scores import PathScorer
+from jet_jax.postnas.paths import path_of
 from jet_jax.postnas.placement import Placement
-from jet_jax.postnas.search_config import ObjectiveConfig, SearchConfig
+from jet_jax.postnas.search_config import COMPARED, TRAINED, ObjectiveConfig, SearchConfig
 from jet_jax.postnas.stage_training import StageCheckpoints
 from jet_jax.postnas.supernet import Supernet
+from jet_jax.train_config import TrainConfig
 
+UNSET = "not set"
 # Settings that say how a search is computed, not what it is.
 HOW = (
     r"(mesh|distributed)\.|(log_every|checkpoint_every|compile_cache)$|data\.(num_threads|prefetch)$"
     r"|placement\.(batch_size|chunk)$|supernet\.(accumulation|remat)$"
+    r"|(distill|finetune)\.(accumulation|remat|log_every|keep_checkpoints|mesh\.\w+)$"
+    r"|(distill|finetune)\.(checkpoint|eval|sample|profile)_\w+$"
+    r"|(blocks|ablations|shapes)\.(remat|keep_weights|measure\.\w+|seeds|learning_rates|reference)$"
+    r"|(blocks|ablations|shapes)\.arms\."
 )
 
 
@@ -74,6 +83,11 @@ class Search:
         made: Any = options or matched_options(linear.kind, attention, self.teacher.hidden_size)
         return Supernet.of(self.teacher, linear.kind, made, window)
 
+    @property
+    def window(self) -> int | None:
+        """Tokens that windowed layers see, None where there can be none."""
+        return self.net.config.options("swa").window_size if self.net.has_window else None
+
     @cached_property
     def objectives(self) -> list[Objective]:
         """The objectives with their rows, of the split "search"."""
@@ -103,21 +117,50 @@ class Search:
             raise ValueError("a search runs in one process so far; give it one host's devices")
         path, mine = self.workdir / "search.json", plain(self.config.to_dict())
         if path.exists():
-            there = flatten(json.loads(path.read_text(encoding="utf-8")))
-            changed = [
-                f"  {name}: {there[name]!r} there, {value!r} here"
-                for name, value in flatten(mine).items()
-                if name in there and there[name] != value and not re.match(HOW, name)
-            ]
+            changed = changes(json.loads(path.read_text(encoding="utf-8")), mine)
             if changed:
                 lines = "\n".join(changed)
                 raise ValueError(
                     f"{self.workdir} holds another search:\n{lines}\nGive another --workdir."
                 )
-        placement = Placement(self.config.placement, self.scorer({}))
-        placement.check()
+        Placement(self.config.placement, self.scorer({})).check()
+        self._check_later_stages()
         self.workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, mine)
+
+    def _check_later_stages(self) -> None:
+        """What comparisons and final training ask for, in a placement that stands in for theirs."""
+        c, layers = self.config, self.net.num_layers
+        kept = range(c.placement.full)
+        windowed = range(c.placement.full, c.placement.full + c.placement.windows)
+        path = path_of(self.net.teacher_path, kept, windowed)
+        arms = {}
+        for name in COMPARED:
+            settings = getattr(c, name)
+            if settings is None:
+                continue
+            for objective in settings.judged_by:
+                require(
+                    objective in c.placement.objectives,
+                    f"{name}.judged_by: {objective!r} is no objective; there are "
+                    f"{', '.join(c.placement.objectives)}",
+                )
+            if len(settings.learning_rates) > 1:
+                self.objective(self.judge(settings), "tuning")
+            arms |= {f"{name}, {arm}": x for arm, x in settings.arms.items()}
+        if c.final and c.final not in COMPARED:
+            arms["final"] = ArmConfig(c.final, c.final_options)
+        if arms:
+            require(
+                c.placement.full + c.placement.windows < layers,
+                "the placement keeps every layer, which leaves nothing to compare or to convert",
+            )
+        for name, arm in arms.items():
+            hybrid_config(self.teacher, path, name, arm, self.window)
+        for name in TRAINED:
+            if getattr(c, name) is not None:
+                run = TrainConfig.from_dict(c.training(name, c.teacher))
+                sharding.check_batch(run.data.batch_size, self.mesh, run.accumulation)
 
     # ---- weights ------------------------------------------------------------------------------
 
@@ -179,6 +222,10 @@ class Search:
             self.net, params, self.objectives, self.mesh, batch_size=c.batch_size, chunk=c.chunk
         )
 
+    def judge(self, settings: ComparisonConfig) -> str:
+        """The objective that decides a comparison and its learning rates."""
+        return (*settings.judged_by, self.config.placement.full_by)[0]
+
     def comparison(self, settings: ComparisonConfig) -> ComparisonContext:
         """What the arms of a comparison share, in the placement that was chosen.
 
@@ -186,15 +233,14 @@ class Search:
           ValueError: there is no placement yet.
         """
         c, placement = self.config, self.config.placement
-        tuned_by = (*settings.judged_by, placement.full_by)[0]
         return ComparisonContext(
             teacher=Teacher.of(io.load(c.teacher, dtype=self.teacher.dtype, mesh=self.mesh)),
             path=self.result("placement")["path"],
             data=c.data,
             mesh=self.mesh,
             objectives=self.objectives,
-            tuning=self.objective(tuned_by, "tuning"),
-            window=placement.window,
+            tuning=self.objective(self.judge(settings), "tuning"),
+            window=self.window,
             batch_size=placement.batch_size,
             log_every=c.log_every,
             checkpoint_every=c.checkpoint_every,
@@ -219,6 +265,19 @@ class Search:
         """A stage's result. Raises ValueError if it is not done."""
         self.require(stage)
         return json.loads((self.workdir / f"{stage}.json").read_text(encoding="utf-8"))
+
+
+def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The settings in which two searches differ, but for those that only say how it is computed."""
+    old, new = flatten(there), flatten(here)
+    out = []
+    for name in (*new, *(x for x in old if x not in new)):
+        section = name.split(".")[0]
+        either_has_none = there.get(section) is None or here.get(section) is None
+        if re.match(HOW, name) or either_has_none or old.get(name, UNSET) == new.get(name, UNSET):
+            continue
+        out.append(f"  {name}: {old.get(name, UNSET)!r} there, {new.get(name, UNSET)!r} here")
+    return out
 
 
 def _settings(wanted: ObjectiveConfig, split_name: str) -> Settings:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from jet_jax.config import DTYPES
 from jet_jax.data.config import DataConfig
 from jet_jax.io import tokenizer_dir
@@ -32,8 +34,8 @@ class LinearConfig:
     Attributes:
       kind: layer type.
       options: its options; empty takes those that match the attention's heads.
-      init: `random`, `copy` or `copy_refit`. Measured on SmolLM2-135M (benchmarks/RESULTS.md), the
-        copy is ahead of both after two million tokens of alignment.
+      init: `random`, `copy` or `copy_refit`. On SmolLM2-135M the copy was ahead
+        of both after two million tokens of alignment (one seed and rate, benchmarks/RESULTS.md).
       refit_batches: batches that `copy_refit` fits on.
     """
 
@@ -256,6 +258,10 @@ class SearchConfig:
             raise ValueError(f"final={self.final!r} takes what that comparison chose; set it")
         if self.final and self.final not in ("blocks", "shapes", *MIXERS):
             raise ValueError(f"final={self.final!r} is unknown; use blocks, shapes or a layer type")
+        if self.final in ("attn", "swa"):
+            raise ValueError(f"final={self.final!r} is what linear layers replace; name another")
+        if self.shapes is not None and self.shapes.measure is None:
+            raise ValueError("shapes are chosen by speed: shapes.measure must not be None")
         for name in TRAINED:
             if getattr(self, name) is not None:  # wrong settings come up now, not in hours
                 TrainConfig.from_dict(self.training(name, self.teacher))
@@ -267,15 +273,24 @@ class SearchConfig:
     def training(self, name: str, student: str) -> dict[str, Any]:
         """The settings of a run of final training, those of the search filled in.
 
+        The search's mesh, compile cache and teacher hold for it too, and what of its `data` is as
+        usual is taken from the search's.
+
         Args:
           name: "distill" or "finetune".
           student: directory of the model that it starts from.
         """
         values = dict(getattr(self, name))
-        own = {k: v for k, v in dict(values.get("data") or {}).items() if v not in (None, "", ())}
-        values["data"] = {"train": self.data.train, "tokenizer": self.data.tokenizer} | own
+        usual = {f.name: f.default for f in dataclasses.fields(DataConfig)}
+        usual |= {"train": (), "seq_len": None, "batch_size": None}  # which are the run's own
+        own = {
+            k: v for k, v in dict(values.get("data") or {}).items()
+            if v is not None and v != usual[k] and tuple(np.atleast_1d(v)) != ()
+        }  # fmt: skip
+        values["data"] = dataclasses.asdict(self.data) | own
         values["distill"] = {**dict(values.get("distill") or {}), "teacher": self.teacher}
-        fixed = {"init_from": student, "dtype": self.dtype, "compile_cache": self.compile_cache}
+        values["dtype"] = values.get("dtype") or self.dtype
+        fixed = {"init_from": student, "compile_cache": self.compile_cache}
         return values | fixed | {"mesh": dataclasses.asdict(self.mesh)}
 
     @classmethod
@@ -287,7 +302,9 @@ class SearchConfig:
             do not fit.
         """
         values = dict(values)
-        if values.get("teacher") and isinstance(values.get("data"), Mapping):
+        if not values.get("teacher"):
+            raise ValueError("teacher is not set; give the directory of the model to convert")
+        if isinstance(values.get("data"), Mapping):
             own = None if values["data"].get("tokenizer") else tokenizer_dir(values["teacher"])
             values["data"] = {**values["data"], **({"tokenizer": str(own)} if own else {})}
         sections = {

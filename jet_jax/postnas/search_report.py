@@ -90,7 +90,10 @@ def _hybrid(hybrid: dict[str, Any]) -> list[str]:
     return [
         report.layers(hybrid["layer_types"]),
         report.table(["", "hybrid", "teacher"], rows),
-        report.paragraph(f"Saved in {hybrid['model']}; train it on with train.py."),
+        report.paragraph(
+            f"Saved in {hybrid['model']}, its new layers {hybrid['new_layers']}; train it on with "
+            "train.py."
+        ),
     ]
 
 

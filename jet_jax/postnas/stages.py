@@ -14,6 +14,7 @@ run where the config has settings for them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -27,7 +28,7 @@ from jet_jax import checkpoint, io, metrics, train_run
 from jet_jax.postnas import figures, report, training
 from jet_jax.postnas.comparison import compare
 from jet_jax.postnas.final_hybrid import converted
-from jet_jax.postnas.json_files import write_json
+from jet_jax.postnas.json_files import read_json, write_json
 from jet_jax.postnas.path_optim import make_path_optimizer
 from jet_jax.postnas.placement import Placement
 from jet_jax.postnas.search import Search
@@ -160,6 +161,7 @@ def run_hybrid(search: Search) -> dict[str, Any]:
     return {
         "model": str(target),
         "layer_types": list(config.layer_types),
+        "new_layers": "untrained" if search.config.final else "as the supernet trained them",
         "parameters": config.param_count(),
         "teacher_parameters": full.param_count(),
         "context": context,
@@ -227,11 +229,16 @@ def check_gates(search: Search) -> None:
 
 
 def run(search: Search, stage: str) -> dict[str, Any]:
-    """Runs a stage and notes that it is done; what later stages made of it is not any more."""
+    """Runs a stage and notes that it is done; what was made of its result before is not any more.
+
+    Raises:
+      ValueError: the config has no such stage, the result of an earlier one is missing, or the
+        stage's checkpoints grew from other results.
+    """
     if not is_asked(search.config, stage):
         raise ValueError(f"the config has no settings for the stage {stage!r}; add config.{stage}")
-    names = list(STAGES)
-    for later in names[names.index(stage) :]:
+    _check_inputs(search, stage)
+    for later in _made_of(search, stage):
         (search.workdir / f"{later}.json").unlink(missing_ok=True)
     if stage in ("align", "supernet"):  # whose weights the known scores are of
         (search.workdir / "placement" / "scores.json").unlink(missing_ok=True)
@@ -239,6 +246,42 @@ def run(search: Search, stage: str) -> dict[str, Any]:
     if jax.process_index() == 0:
         write_json(search.workdir / f"{stage}.json", result)
     return result
+
+
+def _made_of(search: Search, stage: str) -> list[str]:
+    """The stage, and the later ones that use its result."""
+    names = list(STAGES)
+    if stage in COMPARED and search.config.final != stage:
+        return [stage, "report"]
+    later = names[names.index(stage) + 1 :]
+    return [stage, *(x for x in later if stage not in COMPARED or x not in COMPARED)]
+
+
+# Stages that go on from their own checkpoints, and the results that these grew from.
+GROWN_FROM = {
+    "supernet": ("align",),
+    "distill": ("align", "supernet", "hybrid"),
+    "finetune": ("align", "supernet", "hybrid", "distill"),
+}
+
+
+def _check_inputs(search: Search, stage: str) -> None:
+    """Refuses to go on from checkpoints that grew from other results than there are now."""
+    mine = {}
+    for name in GROWN_FROM.get(stage, ()):
+        path = search.workdir / f"{name}.json"
+        if path.exists():
+            mine[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    folder = search.workdir / stage
+    there = read_json(folder / "inputs.json")
+    if there is not None and there != mine:
+        changed = sorted(x for x in {*there, *mine} if there.get(x) != mine.get(x))
+        raise ValueError(
+            f"what is in {folder} grew from other results of {', '.join(changed)}; to train it "
+            f"anew delete {folder}"
+        )
+    if mine:
+        write_json(folder / "inputs.json", mine)
 
 
 def _kept(path: list[int]) -> str:

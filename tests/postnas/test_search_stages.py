@@ -1,6 +1,7 @@
 """A whole search on a tiny random teacher: every stage, its files, and going on after a stop."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -15,9 +16,10 @@ from jet_jax.models.lm import HybridLM
 from jet_jax.postnas import stages
 from jet_jax.postnas.search import Search
 from jet_jax.postnas.search_config import SearchConfig
-from jet_jax.postnas.stages import STAGES, check_gates, run
+from jet_jax.postnas.stages import check_gates, run
 from jet_jax.sharding import make_mesh
 
+ASKED = ("align", "supernet", "placement", "hybrid", "report")
 DATA = Path(__file__).resolve().parents[2] / "data" / "quickstart"
 
 
@@ -88,12 +90,12 @@ def done(teacher, mesh, tmp_path_factory):
     """A search that has run all stages."""
     search = Search(settings(teacher), tmp_path_factory.mktemp("search"), mesh)
     search.check()
-    return search, {stage: run(search, stage) for stage in STAGES}
+    return search, {stage: run(search, stage) for stage in ASKED}
 
 
 def test_all_stages_leave_their_results(done):
     search, results = done
-    assert all(search.is_done(stage) for stage in STAGES)
+    assert all(search.is_done(stage) for stage in ASKED)
     assert results["align"]["tokens"] == 6 * 8 * 32
     decision = results["placement"]
     assert decision == json.loads((search.workdir / "placement.json").read_text())
@@ -167,6 +169,19 @@ def test_a_killed_stage_goes_on_with_the_same_losses(done, teacher, mesh, tmp_pa
 
     mine, theirs = losses(other.workdir), losses(search.workdir)
     assert mine[6] == theirs[6] and set(theirs) <= set(mine)
+
+
+def test_a_stage_does_not_go_on_from_what_grew_from_another(done, teacher, mesh, tmp_path):
+    search, _ = done
+    workdir = tmp_path / "copy"
+    shutil.copytree(search.workdir, workdir)
+    other = Search(settings(teacher), workdir, mesh)
+    run(other, "supernet")  # nothing has changed
+    result = json.loads((workdir / "align.json").read_text())
+    (workdir / "align.json").write_text(json.dumps(result | {"tokens": 1}))
+    with pytest.raises(ValueError, match=r"grew from other results of align; .* delete .*supernet"):
+        run(other, "supernet")
+    assert other.is_done("supernet")  # told before anything was taken away
 
 
 def test_what_is_wrong_is_told_before_any_compute(teacher, mesh, tmp_path):
