@@ -1,14 +1,12 @@
 """`train.py` as a user runs it: killed, stopped, resumed, and given bad settings."""
 
 import contextlib
-import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from unittest import mock
 
@@ -20,8 +18,10 @@ from tiny_run import CONFIG, read_config
 import train
 from jet_jax import checkpoint, io, train_run
 from jet_jax.data import load_tokenizer
+from jet_jax.data.iterator import TrainIterator
 from jet_jax.metrics import read_records
 from jet_jax.params import abstract, flatten
+from jet_jax.step import TrainState
 from jet_jax.text_samples import TextSampler
 from jet_jax.train_checkpoint import TrainCheckpoints
 from jet_jax.train_config import TrainConfig
@@ -230,17 +230,18 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     config = read_config("--config.log_every=10", "--config.checkpoint_every=2")
 
     def train_step(state, batch):
-        state = types.SimpleNamespace(step=state.step + 1)
+        state = TrainState(state.step + 1, {}, {}, {})
         names = ("loss", "grad_norm", "accuracy", "tokens", "lr")
         values = dict.fromkeys(names, jax.numpy.ones(()))
         return state, values | ({"grad_norm": jax.numpy.nan} if state.step == 2 else {})
 
-    checkpoints = mock.Mock()
+    checkpoints = mock.Mock(spec=TrainCheckpoints)
+    batches = mock.MagicMock(spec=TrainIterator)
+    batches.__next__.return_value = {"tokens": np.zeros((8, 16), np.int32)}
     with contextlib.ExitStack() as stack:
         run = train_run.Run(
             config, tmp_path, config.model, train_run.sharding.make_mesh(8),
-            types.SimpleNamespace(step=0), train_step, None,
-            itertools.repeat({"tokens": np.zeros((8, 16), np.int32)}), [], checkpoints, None, stack,
+            TrainState(0, {}, {}, {}), train_step, None, batches, [], checkpoints, None, stack,
         )  # fmt: skip
         with pytest.raises(FloatingPointError, match="grad_norm is nan at step 2"):
             train.loop(run)
