@@ -133,7 +133,7 @@ class Search:
         c, layers = self.config, self.net.num_layers
         kept = range(c.placement.full)
         windowed = range(c.placement.full, c.placement.full + c.placement.windows)
-        path = path_of(self.net.teacher_path, kept, windowed)
+        path = path_of(self.net.teacher_path, kept, windowed).tolist()
         arms = {}
         for name in COMPARED:
             settings = getattr(c, name)
