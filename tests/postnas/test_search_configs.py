@@ -2,9 +2,11 @@
 
 import pytest
 
+import jet_jax
 from configs import search_jet2b, search_quickstart, search_smollm
 from jet_jax.postnas.search_config import SearchConfig
 from jet_jax.postnas.shapes import Shape
+from jet_jax.postnas.stages import STAGES, is_asked
 
 
 def built(config, tmp_path):
@@ -34,6 +36,18 @@ def test_the_search_on_smollm(arg, tmp_path):
     assert search.distill is not None and (search.blocks is not None) == (arg == "all")
     if arg == "all":
         assert "64-64-9" in search.shapes.arms and "static-v" in search.ablations.arms
+
+
+def test_the_quick_start_has_every_stage(tmp_path):
+    search = built(search_quickstart.get_config(), tmp_path)
+    assert all(is_asked(search, stage) for stage in STAGES) and search.final == "blocks"
+
+
+@pytest.mark.parametrize("name", search_quickstart.TEACHERS)
+def test_the_quick_starts_teachers_load(name):
+    model = jet_jax.load(search_quickstart.get_config(name).teacher)
+    full = [i for i, kind in enumerate(model.config.layer_types) if kind == "attn"]
+    assert full == [int(x) for x in name.split("-")]
 
 
 def test_unknown_variants_are_named():
