@@ -14,7 +14,7 @@ mixer reads the teacher's own input, and learns alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,7 @@ def distill_loss(
     teacher: HybridLM,
     batch: Batch,
     z_loss: float = 0.0,
+    forced_layers: Sequence[int] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss of a batch, summed over its tokens.
 
@@ -150,6 +151,8 @@ def distill_loss(
       batch: `tokens`, `targets`, `segment_ids`, `positions` int32 [B,T], `loss_mask` float32 [B,T],
         which says the tokens that all parts of the loss are over.
       z_loss: coefficient of the squared log-partition, beside `ce`.
+      forced_layers: with `forced`, the layers whose errors count; None takes those whose type
+        differs from the teacher's.
 
     Returns:
       `(total, sums)`: the differentiable sum, and `loss` (the same without the z term), those of
@@ -160,7 +163,7 @@ def distill_loss(
     parts: Metrics = {}
     sums: Metrics = {"tokens": mask.sum()}
     if config.forced:
-        errors = forced_errors(student, teacher, batch, config.normalise)
+        errors = forced_errors(student, teacher, batch, config.normalise, forced_layers)
         parts["mse"] = errors.mean() * mask.sum()
     else:
         collect = ("mixer_outputs",) if config.mse else ()

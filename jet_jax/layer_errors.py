@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,7 +40,11 @@ def output_error(
 
 
 def forced_errors(
-    student: HybridLM, teacher: HybridLM, batch: dict[str, Any], normalise: bool = True
+    student: HybridLM,
+    teacher: HybridLM,
+    batch: dict[str, Any],
+    normalise: bool = True,
+    counted: Sequence[int] | None = None,
 ) -> Float[Array, " N"]:
     """Errors of the student's mixers, each fed with the teacher's own input of its layer.
 
@@ -51,9 +56,11 @@ def forced_errors(
       teacher: the teacher, of the same width and number of layers.
       batch: `tokens`, `segment_ids`, `positions` int32 [B,T] and `loss_mask` float32 [B,T].
       normalise: whether each error is over the variance of the teacher's output.
+      counted: the layers whose errors are asked for; None takes those whose type differs from the
+        teacher's.
 
     Returns:
-      `output_error` of each layer whose type differs from the teacher's.
+      `output_error` of each counted layer, in order.
     """
     where = {name: batch[name] for name in ("segment_ids", "positions")}
     collect = ("hidden_states", "mixer_outputs")
@@ -61,6 +68,7 @@ def forced_errors(
     structures = [nnx.graphdef(layer.mixer) for layer in student.layers]
     kinds = zip(student.config.layer_types, teacher.config.layer_types, strict=True)
     differs = [here != there for here, there in kinds]
+    counts = differs if counted is None else [i in set(counted) for i in range(len(differs))]
     norm_structure = nnx.graphdef(teacher.layers[0].input_layernorm)
     rows = [
         (_weights(layer.mixer), _weights(guide.input_layernorm), x, target)
@@ -79,9 +87,7 @@ def forced_errors(
     shared, errors = {}, []
     layers = range(len(rows))
     # Equal neighbours run as one loop on the device, as in `HybridLM`.
-    for (structure, counts), run in itertools.groupby(
-        layers, lambda i: (structures[i], differs[i])
-    ):
+    for (structure, wanted), run in itertools.groupby(layers, lambda i: (structures[i], counts[i])):
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *[rows[i] for i in run])
         length = len(jax.tree.leaves(stacked)[-1])
         body = remat(lambda s, row, g=structure: one(g, s, row), student.remat, in_scan=length > 1)
@@ -90,7 +96,7 @@ def forced_errors(
             found = error[None]
         else:
             shared, found = jax.lax.scan(body, shared, stacked)
-        errors += [found] if counts else []
+        errors += [found] if wanted else []
     return jnp.concatenate(errors)
 
 

@@ -206,6 +206,8 @@ def test_forced_layers_do_not_meet(teacher, batch):
         jax.device_get(run_compiled(run, w, batch)) for w in (weights, other)
     )
     assert errors.shape == (3,) and abs(errors[0] - other_errors[0]) > 1e-3
+    some = jax.jit(partial(forced_errors, students[0], reader, counted=(0, 2)))(batch)
+    np.testing.assert_allclose(some, errors[[0, 2]], rtol=1e-5)
     np.testing.assert_allclose(errors[1:], other_errors[1:], rtol=1e-6)
     for name, g in params.flatten(grads["layers"][2]).items():
         np.testing.assert_allclose(

@@ -276,7 +276,9 @@ class ArmRuns:
 
         def loss(params, batch, frozen, guide):
             student = nnx.merge(structure, cast_params(optim.combine(params, frozen), dtype))
-            return distill_loss(config, student, nnx.merge(teacher.graphdef, guide), batch)
+            reader = nnx.merge(teacher.graphdef, guide)
+            # Windowed layers differ from the teacher's too, but the alignment leaves them as is.
+            return distill_loss(config, student, reader, batch, forced_layers=self.new_layers)
 
         return make_loss_step(
             loss, optimizer, lambda step: 0.0, state, self.context.mesh,
