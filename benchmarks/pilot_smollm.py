@@ -17,10 +17,12 @@ tables. With --minutes a run ends before its time is up: start it again to go on
 from __future__ import annotations
 
 import argparse
+import glob
+import hashlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,6 +130,23 @@ def run(wanted: list[Piece], ledger: Ledger, clock: Clock) -> bool:
     return True
 
 
+def digest(patterns: Iterable[str]) -> str:
+    """Of the contents of all files that match, in the order of their names.
+
+    Raises:
+      ValueError: a pattern matches no file.
+    """
+    whole = hashlib.sha256()
+    for pattern in patterns:
+        paths = sorted(glob.glob(pattern))
+        if not paths:
+            raise ValueError(f"no file matches {pattern}")
+        for path in paths:
+            with open(path, "rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()[:16]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the pilot, or goes on with it."""
     parser = argparse.ArgumentParser(
@@ -148,7 +167,13 @@ def main(argv: list[str] | None = None) -> None:
     clock = Clock(args.minutes)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        ledger = Ledger(args.out / "pilot.json", {"scale": args.scale, "dtype": args.dtype})
+        inputs = {
+            "teacher": digest([f"{args.teacher}/*.safetensors", f"{args.teacher}/*.json"]),
+            "train": digest(args.train),
+            "valid": digest(args.valid),
+        }
+        settings = {"scale": args.scale, "dtype": args.dtype, "inputs": inputs}
+        ledger = Ledger(args.out / "pilot.json", settings)
         material = Material(
             args.teacher, tuple(args.train), tuple(args.valid), Sizes.scaled(args.scale),
             make_mesh(devices=jax.devices()[:1]), clock, args.dtype, args.threads,
