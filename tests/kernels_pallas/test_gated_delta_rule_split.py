@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from kernels_pallas import gated_delta_rule
-from kernels_pallas.gated_delta_rule.blocks import Blocks
-from kernels_pallas.gated_delta_rule.pallas import gated_delta_rule_pallas
+from kernels_pallas.gated_delta_rule import pallas
+from kernels_pallas.gated_delta_rule.segmented import count_segments
 
 TOLERANCE = 3e-6  # float32
 BATCH, HEADS, VALUE_HEADS, KEY_WIDTH, WIDTH = 2, 1, 2, 64, 64
@@ -94,27 +94,29 @@ def test_split_over_devices(with_segments):
     assert_equal(results(split, inputs, cotangents), expected)
 
 
-def test_cut_on_one_device():
-    length = 2 * 32 * 64  # two segments of 32 chunks
-    inputs, segment_ids, cotangents = make(length, with_segments=True)
-    walks = BATCH * VALUE_HEADS
-    blocks = Blocks(enough=walks + 1, programs=2 * walks)
+@pytest.mark.parametrize(
+    ("programs", "length", "segments"),
+    [(4, 4095, 1), (4, 4096, 2), (4, 16384, 4), (2, 16384, 8), (8, 16384, 1)],
+)
+def test_sequences_are_cut_where_walks_are_few_and_long(programs, length, segments):
+    assert count_segments(programs, length, enough=8, most=16) == segments
+
+
+def test_cut_on_one_device(monkeypatch):
+    inputs, segment_ids, cotangents = make(8 * 64 - 40, with_segments=True)
+    monkeypatch.setattr(pallas, "count_segments", lambda *_, **__: 4)  # of two chunks each
 
     def cut(q, k, v, g, beta, state):
-        return gated_delta_rule_pallas(
+        return gated_delta_rule(
             q,
             k,
             v,
             g,
             beta,
-            scale=None,
             initial_state=state,
             segment_ids=segment_ids,
             use_qk_l2norm=True,
-            state_dtype=jnp.dtype(jnp.float32),
-            chunk_size=64,
-            axis_name=None,
-            blocks=blocks,
+            implementation="pallas",
         )
 
     jaxpr = jax.make_jaxpr(cut)(*inputs)
