@@ -45,7 +45,7 @@ class DataConfig:
     add_bos: bool | None = None
     add_eos: bool = True
     pack_rows: int | None = None
-    num_threads: int = 2
+    num_threads: int = 8
     num_workers: int = 0
     prefetch: int = 2
 

@@ -55,7 +55,8 @@ class Tokenize(grain.transforms.Map):
 
     def map(self, element: str) -> Int32[np.ndarray, "T"]:
         """Returns the ids of one document."""
-        ids = self.backend.encode(element, add_special_tokens=False).ids
+        # A batch of one: `encode` holds Python's lock, so that threads would wait for each other.
+        ids = self.backend.encode_batch_fast([element], add_special_tokens=False)[0].ids
         return np.asarray([*self.before, *ids, *self.after], np.int32)
 
 

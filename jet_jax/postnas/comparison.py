@@ -20,6 +20,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,13 @@ def check(settings: ComparisonConfig, folder: Path, context: ComparisonContext) 
       The arms.
 
     Raises:
-      ValueError: naming what does not fit, or a folder of another comparison.
+      ValueError: naming what does not fit, a folder of another comparison, or finished runs that
+        were judged by fewer objectives.
     """
     supernet.check_teacher(context.teacher.config)
     sharding.check_batch(context.data.batch_size, context.mesh)
     sharding.check_batch(context.batch_size, context.mesh)
-    judges_of(settings, context)
+    judges = judges_of(settings, context)
     arms = [ArmRuns(name, settings, context, folder / name) for name in settings.arms]
     for runs in arms:
         runs.check()
@@ -107,8 +109,27 @@ def check(settings: ComparisonConfig, folder: Path, context: ComparisonContext) 
                 f"{folder} holds another comparison:\n{lines}\nDelete it, or use another workdir."
             )
         mine["arms"] = there["arms"] | mine["arms"]
+    _check_judged(arms, judges)
     write_json(path, mine)
     return arms
+
+
+def _check_judged(arms: Sequence[ArmRuns], judges: Sequence[Objective]) -> None:
+    """Refuses objectives that finished runs were not judged by: their weights may be gone."""
+    for objective in judges:
+        lacking = []
+        for runs in arms:
+            for seed, rate in product(runs.settings.seeds, runs.settings.learning_rates):
+                path = runs.folder / f"{seed_name(seed, rate)}.json"
+                figures = (read_json(path) or {}).get("figures")
+                if figures is not None and objective.name not in figures:
+                    lacking.append(f"\n  {path}")
+        require(
+            not lacking,
+            f"judged_by: finished runs have no figure of {objective.name!r}:{''.join(lacking)}\n"
+            "Leave it out of judged_by, use another workdir, or delete these files to have the "
+            "runs done again.",
+        )
 
 
 def _identity(settings: ComparisonConfig, context: ComparisonContext, arms: Sequence[ArmRuns]):
