@@ -16,11 +16,9 @@ what short runs need beside is argued in docs/postnas.md.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +26,17 @@ import numpy as np
 
 from jet_jax import sharding
 from jet_jax.option_checks import require
-from jet_jax.params import flatten
 from jet_jax.postnas import comparison_report, supernet
 from jet_jax.postnas.arm_runs import ArmRuns, seed_name, tuning_name
 from jet_jax.postnas.comparison_config import ComparisonConfig
 from jet_jax.postnas.comparison_context import ComparisonContext
 from jet_jax.postnas.comparison_figures import bars
+from jet_jax.postnas.comparison_folder import check_folder
 from jet_jax.postnas.json_files import plain, read_json, write_json
 from jet_jax.postnas.measuring import measure
 from jet_jax.postnas.objectives import Objective, check_objectives
 from jet_jax.postnas.shapes import shape_of
 from jet_jax.progress import Display
-
-# Settings that may change between two calls: they add runs, or say how things are computed.
-OPEN = ("arms", "reference", "judged_by", "learning_rates", "seeds", "measure", "keep_weights",
-        "remat")  # fmt: skip
 
 
 def compare(settings: ComparisonConfig, folder: Path, context: ComparisonContext) -> dict[str, Any]:
@@ -88,68 +82,14 @@ def check(settings: ComparisonConfig, folder: Path, context: ComparisonContext) 
         were judged by fewer objectives.
     """
     supernet.check_teacher(context.teacher.config)
-    sharding.check_batch(context.data.batch_size, context.mesh)
+    sharding.check_batch(context.data.batch_size, context.mesh, settings.accumulation)
     sharding.check_batch(context.batch_size, context.mesh)
     judges = judges_of(settings, context)
     arms = [ArmRuns(name, settings, context, folder / name) for name in settings.arms]
     for runs in arms:
         runs.check()
-    path = folder / "comparison.json"
-    mine, there = plain(_identity(settings, context, arms)), read_json(path)
-    if there is not None:
-        old, new = flatten(there), flatten(mine)
-        changed = [
-            f"  {name}: {old[name]!r} there, {value!r} here"
-            for name, value in new.items()
-            if name in old and old[name] != value
-        ]
-        if changed:
-            lines = "\n".join(changed)
-            raise ValueError(
-                f"{folder} holds another comparison:\n{lines}\nDelete it, or use another workdir."
-            )
-        mine["arms"] = there["arms"] | mine["arms"]
-    _check_judged(arms, judges)
-    write_json(path, mine)
+    check_folder(settings, context, arms, judges, folder)
     return arms
-
-
-def _check_judged(arms: Sequence[ArmRuns], judges: Sequence[Objective]) -> None:
-    """Refuses objectives that finished runs were not judged by: their weights may be gone."""
-    for objective in judges:
-        lacking = []
-        for runs in arms:
-            for seed, rate in product(runs.settings.seeds, runs.settings.learning_rates):
-                path = runs.folder / f"{seed_name(seed, rate)}.json"
-                figures = (read_json(path) or {}).get("figures")
-                if figures is not None and objective.name not in figures:
-                    lacking.append(f"\n  {path}")
-        require(
-            not lacking,
-            f"judged_by: finished runs have no figure of {objective.name!r}:{''.join(lacking)}\n"
-            "Leave it out of judged_by, use another workdir, or delete these files to have the "
-            "runs done again.",
-        )
-
-
-def _identity(settings: ComparisonConfig, context: ComparisonContext, arms: Sequence[ArmRuns]):
-    """What runs depend on, for the file that says what a folder's runs are."""
-    values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in OPEN}
-    values["first_seed"] = settings.seeds[0]  # whose alignment the learning rates are tried on
-    names = ("train", "tokenizer", "seq_len", "batch_size", "seed")
-    objectives = (*context.objectives, context.tuning)
-    return {
-        "settings": values,
-        "path": [int(x) for x in context.path],
-        "data": {name: getattr(context.data, name) for name in names},
-        "objectives": {
-            f"{o.name} ({'tuning' if o is context.tuning else 'judge'})": [
-                o.figure, hashlib.sha256(np.ascontiguousarray(o.rows.tokens)).hexdigest()[:16]
-            ]
-            for o in objectives
-        },
-        "arms": {runs.name: runs.config.to_dict() for runs in arms},
-    }  # fmt: skip
 
 
 def judges_of(settings: ComparisonConfig, context: ComparisonContext) -> list[Objective]:
