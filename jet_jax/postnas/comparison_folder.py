@@ -21,7 +21,7 @@ from jet_jax.postnas.objectives import Objective
 
 # Settings that may change between two calls: they add runs, or say how things are computed.
 OPEN = ("arms", "reference", "judged_by", "learning_rates", "seeds", "measure", "keep_weights",
-        "remat")  # fmt: skip
+        "remat", "accumulation")  # fmt: skip
 
 
 def check_folder(
@@ -58,7 +58,8 @@ def check_folder(
             raise ValueError(
                 f"{folder} holds another comparison:\n{lines}\nDelete it, or use another workdir."
             )
-        mine["arms"] = there["arms"] | mine["arms"]
+        for name in ("arms", "objectives"):  # those that are left out now keep their results
+            mine[name] = there[name] | mine[name]
     _check_judged(arms, judges)
     write_json(path, mine)
 
@@ -66,23 +67,26 @@ def check_folder(
 def _identity(
     settings: ComparisonConfig, context: ComparisonContext, arms: Sequence[ArmRuns]
 ) -> dict[str, Any]:
-    """What the runs depend on."""
+    """What the runs and their figures depend on."""
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in OPEN}
     values["first_seed"] = settings.seeds[0]  # whose alignment the learning rates are tried on
-    names = ("train", "tokenizer", "seq_len", "batch_size", "seed")
-    objectives = (*context.objectives, context.tuning)
+    data, tuning = context.data, context.tuning
     return {
         "settings": values,
         "path": [int(x) for x in context.path],
-        "data": {name: getattr(context.data, name) for name in names},
-        "objectives": {
-            f"{o.name} ({'tuning' if o is context.tuning else 'judge'})": [
-                o.figure, hashlib.sha256(np.ascontiguousarray(o.rows.tokens)).hexdigest()[:16]
-            ]
-            for o in objectives
-        },
+        "data": {"train": data.train, "tokenizer": data.tokenizer, **data.stream_settings()},
+        "objectives": {o.name: _scored(o) for o in context.objectives},
+        "tuning": {"name": tuning.name, **_scored(tuning)},
         "arms": {runs.name: runs.config.to_dict() for runs in arms},
-    }  # fmt: skip
+    }
+
+
+def _scored(objective: Objective) -> dict[str, str]:
+    """What an objective's figure is taken of."""
+    rows, digest = objective.rows, hashlib.sha256()
+    for array in (rows.tokens, rows.answers):
+        digest.update(np.ascontiguousarray(array))
+    return {"figure": objective.figure, "rows": digest.hexdigest()[:16]}
 
 
 def _check_judged(arms: Sequence[ArmRuns], judges: Sequence[Objective]) -> None:

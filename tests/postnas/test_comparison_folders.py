@@ -10,10 +10,12 @@ import pytest
 from jet_jax.data import DataConfig
 from jet_jax.distill import Teacher
 from jet_jax.evaluation.rows import Passage, pack
+from jet_jax.postnas.arm_runs import ArmRuns
 from jet_jax.postnas.arms import block_arms
-from jet_jax.postnas.comparison import check
+from jet_jax.postnas.comparison import check, judges_of
 from jet_jax.postnas.comparison_config import ComparisonConfig
 from jet_jax.postnas.comparison_context import ComparisonContext
+from jet_jax.postnas.comparison_folder import check_folder
 from jet_jax.postnas.objectives import Objective
 from jet_jax.sharding import make_mesh
 
@@ -66,3 +68,33 @@ def test_finished_runs_that_lack_an_objective_are_named(context, tmp_path):
     for path in lacking:
         path.unlink()
     check(SETTINGS, tmp_path, context)
+
+
+def test_a_folder_belongs_to_one_text_and_one_way_of_tuning(context, tmp_path):
+    arms = [ArmRuns(name, SETTINGS, context, tmp_path / name) for name in SETTINGS.arms]
+
+    def checking(**changes):
+        there = dataclasses.replace(context, **changes)
+        check_folder(SETTINGS, there, arms, judges_of(SETTINGS, there), tmp_path)
+
+    def refused(**changes):
+        with pytest.raises(ValueError, match="holds another comparison") as caught:
+            checking(**changes)
+        return str(caught.value)
+
+    checking()
+    for name, value in {
+        "train": ["other"], "tokenizer": "other", "seq_len": 4, "seed": 1, "text_key": "body",
+        "doc_separator": "", "shuffle": False, "add_bos": True, "add_eos": False, "pack_rows": 8,
+    }.items():  # fmt: skip
+        data = dataclasses.replace(context.data, **{name: value})
+        assert f"data.{name}: " in refused(data=data)
+    assert "tuning.name: 'text' there, 'recall' here" in refused(tuning=objective("recall", 7))
+    assert "tuning.figure: " in refused(tuning=objective("text", 7, "nll"))
+    assert "tuning.rows: " in refused(tuning=objective("text", 8))
+    assert "objectives.text.rows: " in refused(objectives=(objective("text", 8),))
+
+    faster = dataclasses.replace(context.data, num_threads=0, prefetch=0)
+    checking(data=faster, objectives=context.objectives[:1])
+    changed = (context.objectives[0], objective("recall", 8, "accuracy"))
+    assert "objectives.recall.rows: " in refused(objectives=changed)
