@@ -140,9 +140,16 @@ def caption(summary: Summary) -> str:
     return (
         f"Means over {count} seed{'s' * (count > 1)} ± standard deviation. Differences are paired "
         "by seed, with t intervals that are not adjusted for the number of arms. Tokens a run: "
-        f"{tokens}. Learning rates by {summary['tuned_by']['figure']} of items set apart. "
-        f"The teacher itself: {teacher}.{measured}"
+        f"{tokens}. {_rates(summary)} The teacher itself: {teacher}.{measured}"
     )
+
+
+def _rates(summary: Summary) -> str:
+    """Where the arms' learning rates are from."""
+    if any(arm["tuned"] for arm in summary["arms"].values()):
+        return f"Learning rates by {summary['tuned_by']['figure']} of items set apart."
+    arm = next(iter(summary["arms"].values()))
+    return f"All arms ran at the one learning rate {arm['learning_rate']:g}."
 
 
 def html(folder: Path) -> list[str]:
