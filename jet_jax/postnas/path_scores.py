@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class PathScorer:
     known: dict[Choices, dict[str, Results]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._saved = 0
         where = shardings(self.params, self.mesh), sharding.replicated(self.mesh)
         batch = sharding.batch_sharding(self.mesh)
         self._sums = jax.jit(
@@ -108,18 +110,31 @@ class PathScorer:
         self.known |= dict(zip(part, found, strict=True))
 
     def save(self, path: os.PathLike) -> None:
-        """Writes all that is known, so that a search that is killed goes on from there."""
+        """Writes all that is known, a JSON line a path, so that a search that is killed goes on.
+
+        The first call replaces the file; those after it add what has come since, as thousands of
+        paths are too much to write anew for every chunk.
+
+        Args:
+          path: the file, the same for all calls.
+        """
         rows = [
-            {"path": list(key), "results": jax.tree.map(_plain, found)}
-            for key, found in self.known.items()
+            json.dumps({"path": list(key), "results": jax.tree.map(_plain, found)}) + "\n"
+            for key, found in islice(self.known.items(), self._saved, None)
         ]
-        part = Path(f"{os.fspath(path)}.part")
-        part.write_text(json.dumps(rows), encoding="utf-8")
-        part.replace(path)
+        if self._saved:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(rows))
+        else:
+            part = Path(f"{os.fspath(path)}.part")
+            part.write_text("".join(rows), encoding="utf-8")
+            part.replace(path)
+        self._saved += len(rows)
 
     def load(self, path: os.PathLike) -> None:
-        """Takes over what `save` wrote."""
-        for row in json.loads(Path(path).read_text(encoding="utf-8")):
+        """Takes over what `save` wrote, but for a last line that was cut short."""
+        *lines, _ = Path(path).read_text(encoding="utf-8").split("\n")
+        for row in map(json.loads, lines):
             found = row["results"]
             for results in found.values():
                 results["per_question"] = {

@@ -51,16 +51,43 @@ def test_a_trained_attention_is_compared_with_the_teachers(scorer):
 
 
 def test_scores_come_back_from_their_file(scorer, tmp_path):
+    file = tmp_path / "scores"
     found = scorer(PATHS)
-    scorer.save(tmp_path / "scores.json")
+    scorer.save(file)
     other = PathScorer(scorer.net, scorer.params, scorer.objectives, scorer.mesh)
-    other.load(tmp_path / "scores.json")
+    other.load(file)
     for path, results in found.items():
         for o in scorer.objectives:
             assert o.value(other.known[path][o.name]) == o.value(results[o.name])
         recall = scorer.objectives[0]
         mine, theirs = (recall.questions(x[path]["recall"]) for x in (found, other.known))
         assert np.array_equal(mine, theirs)
+
+
+def test_scores_are_added_to_their_file(scorer, tmp_path):
+    def new():
+        return PathScorer(scorer.net, scorer.params, scorer.objectives, scorer.mesh)
+
+    def loaded():
+        reader = new()
+        reader.load(file)
+        return list(reader.known)
+
+    file, writer = tmp_path / "scores", new()
+    file.write_text("of an earlier search")
+    known = list(scorer(PATHS).items())
+    for count in (1, 3):
+        writer.known |= dict(known[:count])
+        writer.save(file)
+        assert loaded() == [path for path, _ in known[:count]]
+    whole = file.read_text()
+    file.write_text(whole[:-9])  # killed while it was written
+    assert loaded() == [path for path, _ in known[:2]]
+    again = new()
+    again.load(file)
+    again.known |= dict(known)
+    again.save(file)
+    assert file.read_text() == whole
 
 
 @pytest.mark.parametrize(
