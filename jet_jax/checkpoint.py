@@ -231,6 +231,9 @@ def save_model(
                     config=ocp.args.JsonSave({"model": config.to_dict(), **(record or {})}),
                 ),
             )
+        for mark in work.rglob("commit_success.txt"):
+            # On a bucket Orbax asks for this file; its text names the folder written in.
+            mark.write_bytes(b"")
         if tokenizer_dir is not None:
             copy_companions(tokenizer_dir, work / TOKENIZER)
 

@@ -157,6 +157,13 @@ def test_restore_casts_and_spreads_over_another_mesh(tmp_path, twelve):
         assert np.asarray(flat[path]).tobytes() == expected.tobytes(), path
 
 
+def test_a_saved_model_does_not_tell_where_it_was_written(tmp_path, twelve):
+    checkpoint.save_model(tmp_path / "secret" / "model", twelve.config, split(twelve)[1])
+    files = [path for path in (tmp_path / "secret").rglob("*") if path.is_file()]
+    assert any(path.name == "commit_success.txt" for path in files)
+    assert not [path for path in files if b"secret" in path.read_bytes()]
+
+
 def test_saving_in_bfloat16_says_so_in_the_config(tmp_path):
     jet_jax.save(jet_jax.load(JET), tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
