@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from jet_jax import losses, optim, sharding
+from jet_jax.accumulation import Batch, accumulate
 from jet_jax.config import ModelConfig
 from jet_jax.mixers.context import Place
 from jet_jax.models.block import Block
@@ -31,7 +32,6 @@ from jet_jax.params import split
 # embedding's gradient is a scatter-add over tokens, which bfloat16 would round at every addition.
 KEEP_FLOAT32 = r"(^|\.)(A_log|dt_bias|D|embed_tokens\.embedding|lm_head\.kernel)$"
 
-Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -235,10 +235,7 @@ def make_loss_step(
             return total / tokens, sums
 
         grad = jax.grad(mean_loss, has_aux=True)
-        if accumulation == 1:
-            grads, sums = grad(state.params, batch)
-        else:
-            grads, sums = _accumulate(grad, state.params, batch, accumulation)
+        grads, sums = accumulate(grad, state.params, batch, accumulation)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -297,22 +294,3 @@ def _means(sums, tokens):
     if "correct" in means:
         means["accuracy"] = means.pop("correct")
     return means | {"tokens": sums["tokens"]}
-
-
-def _accumulate(grad, params, batch, parts):
-    """Sums gradients and counts over `parts` equal parts of a batch."""
-
-    def split(x):
-        # Row i goes to part i mod parts, so that every part is spread over all batch shards.
-        x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-        spec = PartitionSpec(None, sharding.BATCH_AXES)
-        mesh = jax.sharding.get_abstract_mesh()
-        return x if mesh.empty else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    def one(carry, part):
-        return jax.tree.map(jnp.add, carry, grad(params, part)), None
-
-    parts = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts))
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(one, start, parts)[0]

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jet_jax import losses, sharding
+from jet_jax.accumulation import accumulate
 from jet_jax.layer_errors import output_error
 from jet_jax.postnas import supernet
 from jet_jax.postnas.path_optim import PathOptimizer
@@ -214,28 +215,13 @@ def make_path_step(
             return value * share, jax.tree.map(lambda x: x * share, {"loss": value, **sums})
 
         grad = jax.grad(total, has_aux=True)
-        if accumulation == 1:
-            grads, metrics = grad(state.params, batch)
-        else:
-            grads, metrics = _accumulate(grad, state.params, _parts(batch, accumulation))
+        grads, metrics = accumulate(grad, state.params, batch, accumulation)
         kept = path != LINEAR
         active = {"linear": ~kept, "full": kept}
         metrics = metrics | {"kept": kept.sum(), "path": path}
         return _updated(state, grads, optimizer, active, metrics, mesh)
 
     return _jit(step, state, mesh)
-
-
-def _accumulate(grad, params, parts):
-    """Sums gradients and metrics over parts."""
-
-    def one(sums, part):
-        return jax.tree.map(jnp.add, sums, grad(params, part)), None
-
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(grad, params, first)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(one, zero, parts)[0]
 
 
 def _updated(state, grads, optimizer, active, metrics, mesh):
@@ -278,17 +264,3 @@ def _jit(step: Step, state: TrainState, mesh: Mesh) -> Step:
         return TrainState(*moving[:2], state.frozen, moving[2]), metrics
 
     return call
-
-
-def _parts(batch: Batch, count: int) -> Batch:
-    """A batch in equal parts: row i goes to part i mod count, so that each is spread evenly."""
-
-    def one(x):
-        x = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
-        mesh = jax.sharding.get_abstract_mesh()
-        spec = sharding.P(None, sharding.BATCH_AXES)
-        return (
-            x if mesh.empty else jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, spec))
-        )
-
-    return jax.tree.map(one, batch)
