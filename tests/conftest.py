@@ -1,8 +1,11 @@
 """Eight fake CPU devices for every test, and libtpu to compile with; set before JAX starts."""
 
+import atexit
 import gc
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 
@@ -18,6 +21,10 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     # libtpu compiles for TPUs that are not there.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # parallel test workers
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no look-up of the machine's own TPU
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None) and "PYTHONPYCACHEPREFIX" not in os.environ:
+    # The scripts that tests start would compile all libraries anew each time, some ten seconds.
+    os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="jet_jax_bytecode_")
+    atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
 
 
 def pytest_configure(config):
