@@ -6,6 +6,8 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
+from jet_jax.commands.model_options import add_model_options, dtype_of
+
 if TYPE_CHECKING:
     from jet_jax.evaluation.request import Request
     from jet_jax.models.lm import HybridLM
@@ -59,12 +61,7 @@ def add_parser(subparsers: Any) -> None:
         help="let model and teacher write N tokens after the beginnings of --documents",
     )
     add("--lm-tasks", metavar="DIR", help="folder of YAML files with the tasks that lm: names")
-    add("--tokenizer", metavar="DIR", help="by default the one in the model's directory")
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="of weights and computation; by default float32 on a CPU and bfloat16 elsewhere",
-    )
+    add_model_options(parser)
     add("--json", metavar="FILE", help="also write everything to a JSON file")
 
 
@@ -82,13 +79,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     asked = request.prepare(args)
 
-    import jax
-
     from jet_jax.evaluation import comparisons, report
     from jet_jax.evaluation.ablation import without_linear
     from jet_jax.io import load
 
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype_of(args)
     console = report.console()
     with console.status("loading"):
         models = {"model": load(args.model, dtype=dtype)}

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from jet_jax.commands.model_options import add_model_options, dtype_of
+
 if TYPE_CHECKING:
     from jet_jax.sample_file import SampleFile
 
@@ -54,12 +56,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--batch", type=int, default=64, metavar="N", help="rows at a time (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="default %(default)s")
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="of weights and computation; by default float32 on a CPU and bfloat16 elsewhere",
-    )
-    add("--tokenizer", metavar="DIR", help="by default the one in the model's directory")
+    add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,8 +74,6 @@ def run(args: argparse.Namespace) -> int:
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} must not be negative")
 
-    import jax
-
     from jet_jax.continuations import Continuations, write_texts
     from jet_jax.data.sources import TextSource
     from jet_jax.generation import Generator
@@ -93,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     where = find_tokenizer(args.model, args.tokenizer)
     tokenizer = load_matching(where, config)
     documents = TextSource(args.documents)
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype_of(args)
     out = SampleFile(
         args.out,
         {
