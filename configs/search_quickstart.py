@@ -66,6 +66,7 @@ def _add_other_stages(config, held_out):
     for name, arms in (("blocks", blocks), ("ablations", ablations), ("shapes", shapes)):
         config[name] = comparison(arms, align_steps=20, steps=10, init="random")
         config[name].learning_rates, config[name].seeds = (2e-3,), (0,)
+        config[name].remat = "none"
         config[name].optim.warmup_steps = config[name].align_optim.warmup_steps = 2
         config[name].align_optim.lr = 1e-2
         sizes = {"context": 64, "batch": 2, "prefill_length": 64, "chunk": 32, "repeats": 3}

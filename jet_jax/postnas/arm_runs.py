@@ -282,7 +282,7 @@ class ArmRuns:
 
         return make_loss_step(
             loss, optimizer, lambda step: 0.0, state, self.context.mesh,
-            others=(frozen, teacher.params),
+            accumulation=self.settings.accumulation, others=(frozen, teacher.params),
         )  # fmt: skip
 
 

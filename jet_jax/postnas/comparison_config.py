@@ -88,9 +88,12 @@ class ComparisonConfig:
       optim: optimizer of both; `lr` is taken from `learning_rates`.
       loss: what both are trained on, on the hybrid's own stream.
       trains: patterns of the weights that train in both; alignment trains the new layers alone.
-      remat: what a layer keeps for its backward pass, see `jet_jax.models.remat`.
+      remat: what a layer keeps for its backward pass, see `jet_jax.models.remat`. "none" is faster
+        where memory allows it; training speeds compare at one setting alone.
+      accumulation: parts that a batch is worked off in, to save memory.
       measure: sizes for decoding and prefill; None times neither.
-      keep_weights: whether the trained weights stay on disk.
+      keep_weights: whether the trained weights stay on disk. Without them the arm that becomes the
+        hybrid is aligned once more.
     """
 
     arms: Any
@@ -107,7 +110,8 @@ class ComparisonConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
     loss: PathLoss = field(default_factory=PathLoss)
     trains: tuple[str, ...] = (r"^layers\.\d+\.(mixer|input_layernorm)\.",)
-    remat: str = "none"
+    remat: str = "full"
+    accumulation: int = 1
     measure: MeasureConfig | None = field(default_factory=MeasureConfig)
     keep_weights: bool = False
 
@@ -146,7 +150,7 @@ class ComparisonConfig:
         require(min(self.seeds) >= 0, f"seeds={self.seeds} must not be negative")
         remat.check(self.remat)
         require(bool(self.trains), "trains is empty; name patterns of the weights that train")
-        for name in ("steps", "refit_batches"):
+        for name in ("steps", "refit_batches", "accumulation"):
             require_positive(name, getattr(self, name))
         require(self.align_steps >= 0, f"align_steps={self.align_steps} must not be negative")
         for name, steps in self.lengths.items():

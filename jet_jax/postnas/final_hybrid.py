@@ -1,68 +1,68 @@
-"""The hybrid of a placement with another layer than the supernet's, made from the teacher."""
+"""The hybrid of a placement with another layer than the supernet's: the teacher, aligned anew.
+
+Nothing of the supernet fits such a layer, so its training begins where that of a comparison's arm
+does: with the alignment to the teacher's attention. Without it a run of distillation starts at many
+times the loss.
+
+    WORKDIR/BLOCKS or SHAPES/ARM/align-SEED, WORKDIR/final/align-SEED      what is aligned
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from itertools import islice
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from jet_jax import io, sharding
 from jet_jax.config import ModelConfig
-from jet_jax.distill import Teacher
 from jet_jax.option_checks import require
-from jet_jax.params import split
-from jet_jax.postnas.arms import hybrid_config
-from jet_jax.postnas.comparison_config import ArmConfig
-from jet_jax.postnas.hybrid_start import new_mixers
-from jet_jax.postnas.paths import LINEAR
+from jet_jax.postnas.arm_runs import ArmRuns
+from jet_jax.postnas.comparison import check
+from jet_jax.postnas.comparison_config import ComparisonConfig
 from jet_jax.postnas.search import Search
-from jet_jax.postnas.search_config import COMPARED
+from jet_jax.postnas.search_config import COMPARED, final_comparison
 
 
-def converted(search: Search, path: Sequence[int]) -> tuple[ModelConfig, dict[str, Any]]:
-    """The hybrid that `config.final` names, its new layers not trained yet.
+def converted(search: Search) -> tuple[ModelConfig, dict[str, Any], int]:
+    """The hybrid that `config.final` names, its new layers aligned to the attention they replace.
+
+    The layer that a comparison chose is aligned as it was there, with the first seed; that is not
+    done again where its weights were kept. A layer that `final` names itself is aligned by the
+    settings `align`.
 
     Args:
       search: whose `final` is "blocks", "shapes" or a layer type.
-      path: int [L], the placement.
 
     Returns:
-      The model's config and its weights, nested: the teacher's in its compute dtype, those of the
-      new layers float32, started as the comparison's, or as `linear.init` says.
+      The model's config; its weights, nested: the teacher's in its compute dtype, those of the new
+      layers float32; and the tokens that these were aligned on, 0 where the settings have no
+      alignment.
 
     Raises:
-      ValueError: the comparison is not done, or options do not fit.
+      ValueError: the placement or the comparison is not done, options that do not fit, or a folder
+        of another comparison.
+      Stopped: after SIGTERM or Ctrl-C, when the step in hand is saved.
+    """
+    name, settings = chosen(search)
+    final = search.config.final
+    folder = search.workdir / (final if final in COMPARED else "final")
+    folder.mkdir(exist_ok=True)
+    arms = {arm.name: arm for arm in check(settings, folder, search.comparison(settings))}
+    runs: ArmRuns = arms[name]
+    tokens = settings.align_steps * search.config.data.batch_size * search.config.data.seq_len
+    return runs.config, runs.aligned(settings.seeds[0]), tokens
+
+
+def chosen(search: Search) -> tuple[str, ComparisonConfig]:
+    """The arm that `config.final` stands for, and the comparison that it is of.
+
+    Raises:
+      ValueError: the comparison is not done, or none of its arms could be trained.
     """
     c = search.config
-    arm = chosen_arm(search)
-    config = hybrid_config(search.teacher, path, "final", arm, search.window)
-    model = io.load(c.teacher, dtype=search.teacher.dtype, mesh=search.mesh)
-    init = getattr(c, c.final).init if c.final in COMPARED else c.linear.init
-    layers = [i for i, choice in enumerate(path) if choice == LINEAR]
-    with closing(search.batches(2)) as iterator, jax.set_mesh(search.mesh):
-        batches = (
-            sharding.put_batch(b, search.mesh) for b in islice(iterator, c.linear.refit_batches)
-        )
-        key = jax.random.key(c.seed)
-        mixers = new_mixers(config, Teacher.of(model), layers, init, key, batches)
-    weights = split(model)[1]
-    for i in layers:
-        weights["layers"][i] = {**weights["layers"][i], "mixer": mixers[i]}
-    return config, weights
-
-
-def chosen_arm(search: Search) -> ArmConfig:
-    """The layer that `config.final` stands for."""
-    c = search.config
     if c.final == "shapes":
-        kind = next(iter(c.shapes.arms.values())).kind
-        return ArmConfig(kind, search.result("shapes")["options"])
+        return search.result("shapes")["arm"], c.shapes
     if c.final == "blocks":
-        return c.blocks.arms[best_arm(search.result("blocks"), search.judge(c.blocks))]
-    return ArmConfig(c.final, c.final_options)
+        return best_arm(search.result("blocks"), search.judge(c.blocks)), c.blocks
+    return "final", final_comparison(c)
 
 
 def best_arm(comparison: Mapping[str, Any], objective: str) -> str:

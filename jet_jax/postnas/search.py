@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,33 +21,29 @@ from jet_jax.config import ModelConfig
 from jet_jax.distill import Teacher
 from jet_jax.evaluation.tasks import Settings, find, read_documents
 from jet_jax.option_checks import require
-from jet_jax.params import flatten, split
+from jet_jax.params import split
 from jet_jax.postnas import supernet
-from jet_jax.postnas.arms import hybrid_config
-from jet_jax.postnas.comparison_config import ArmConfig, ComparisonConfig
+from jet_jax.postnas.arm_runs import ArmRuns
+from jet_jax.postnas.comparison_config import ComparisonConfig
 from jet_jax.postnas.comparison_context import ComparisonContext
 from jet_jax.postnas.inherit import matched_options
 from jet_jax.postnas.initialise import linear_weights
 from jet_jax.postnas.json_files import plain, write_json
 from jet_jax.postnas.objectives import Objective, check_objectives
 from jet_jax.postnas.path_scores import PathScorer
-from jet_jax.postnas.paths import path_of
 from jet_jax.postnas.placement import Placement
-from jet_jax.postnas.search_config import COMPARED, TRAINED, ObjectiveConfig, SearchConfig
+from jet_jax.postnas.search_changes import changes
+from jet_jax.postnas.search_config import (
+    COMPARED,
+    TRAINED,
+    ObjectiveConfig,
+    SearchConfig,
+    final_comparison,
+)
 from jet_jax.postnas.stage_training import StageCheckpoints
+from jet_jax.postnas.stand_in import stand_in
 from jet_jax.postnas.supernet import Supernet
 from jet_jax.train_config import TrainConfig
-
-UNSET = "not set"
-# Settings that say how a search is computed, not what it is.
-HOW = (
-    r"(mesh|distributed)\.|(log_every|checkpoint_every|compile_cache)$|data\.(num_threads|prefetch)$"
-    r"|placement\.(batch_size|chunk)$|supernet\.(accumulation|remat)$"
-    r"|(distill|finetune)\.(accumulation|remat|log_every|keep_checkpoints|mesh\.\w+)$"
-    r"|(distill|finetune)\.(checkpoint|eval|sample|profile)_\w+$"
-    r"|(blocks|ablations|shapes)\.(remat|keep_weights|measure\.\w+|seeds|learning_rates|reference)$"
-    r"|(blocks|ablations|shapes)\.arms\."
-)
 
 
 @dataclass
@@ -115,48 +110,48 @@ class Search:
         sharding.check_batch(self.config.placement.batch_size, self.mesh)
         if jax.process_count() > 1:
             raise ValueError("a search runs in one process so far; give it one host's devices")
-        path, mine = self.workdir / "search.json", plain(self.config.to_dict())
+        path, mine, there = self.workdir / "search.json", plain(self.config.to_dict()), None
         if path.exists():
-            changed = changes(json.loads(path.read_text(encoding="utf-8")), mine)
-            if changed:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            if changed := changes(there, mine, self.workdir):
                 lines = "\n".join(changed)
                 raise ValueError(
-                    f"{self.workdir} holds another search:\n{lines}\nGive another --workdir."
+                    f"{self.workdir} holds another search:\n{lines}\nGive another --workdir, or "
+                    "delete what depends on them (STAGE.json and the folder STAGE, and those of "
+                    "the stages after it)."
                 )
+            if there["placement"]["objectives"] != mine["placement"]["objectives"]:
+                (self.workdir / "gates.json").unlink(missing_ok=True)
         Placement(self.config.placement, self.scorer({})).check()
-        self._check_later_stages()
+        if mine != there:  # it was seen to fit before
+            self._check_later_stages()
         self.workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, mine)
 
     def _check_later_stages(self) -> None:
         """What comparisons and final training ask for, in a placement that stands in for theirs."""
-        c, layers = self.config, self.net.num_layers
-        kept = range(c.placement.full)
-        windowed = range(c.placement.full, c.placement.full + c.placement.windows)
-        path = path_of(self.net.teacher_path, kept, windowed).tolist()
-        arms = {}
-        for name in COMPARED:
-            settings = getattr(c, name)
-            if settings is None:
-                continue
+        c, place = self.config, self.config.placement
+        compared = {x: getattr(c, x) for x in COMPARED if getattr(c, x) is not None}
+        if c.final and c.final not in COMPARED:
+            compared["final"] = final_comparison(c)
+        require(
+            not compared or place.full + place.windows < self.net.num_layers,
+            "the placement keeps every layer, which leaves nothing to compare or to convert",
+        )
+        for name, settings in compared.items():
             for objective in settings.judged_by:
                 require(
-                    objective in c.placement.objectives,
+                    objective in place.objectives,
                     f"{name}.judged_by: {objective!r} is no objective; there are "
-                    f"{', '.join(c.placement.objectives)}",
+                    f"{', '.join(place.objectives)}",
                 )
-            if len(settings.learning_rates) > 1:
-                self.objective(self.judge(settings), "tuning")
-            arms |= {f"{name}, {arm}": x for arm, x in settings.arms.items()}
-        if c.final and c.final not in COMPARED:
-            arms["final"] = ArmConfig(c.final, c.final_options)
-        if arms:
-            require(
-                c.placement.full + c.placement.windows < layers,
-                "the placement keeps every layer, which leaves nothing to compare or to convert",
-            )
-        for name, arm in arms.items():
-            hybrid_config(self.teacher, path, name, arm, self.window)
+            context = self._context(settings, *stand_in(self.teacher, place.full, place.windows))
+            sharding.check_batch(c.data.batch_size, self.mesh, settings.accumulation)
+            for arm in settings.arms:
+                try:
+                    ArmRuns(arm, settings, context, self.workdir).check()
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
         for name in TRAINED:
             if getattr(c, name) is not None:
                 run = TrainConfig.from_dict(c.training(name, c.teacher))
@@ -232,16 +227,22 @@ class Search:
         Raises:
           ValueError: there is no placement yet.
         """
-        c, placement = self.config, self.config.placement
+        model = io.load(self.config.teacher, dtype=self.teacher.dtype, mesh=self.mesh)
+        return self._context(settings, Teacher.of(model), self.result("placement")["path"])
+
+    def _context(
+        self, settings: ComparisonConfig, teacher: Teacher, path: Sequence[int]
+    ) -> ComparisonContext:
+        c = self.config
         return ComparisonContext(
-            teacher=Teacher.of(io.load(c.teacher, dtype=self.teacher.dtype, mesh=self.mesh)),
-            path=self.result("placement")["path"],
+            teacher=teacher,
+            path=path,
             data=c.data,
             mesh=self.mesh,
             objectives=self.objectives,
             tuning=self.objective(self.judge(settings), "tuning"),
             window=self.window,
-            batch_size=placement.batch_size,
+            batch_size=c.placement.batch_size,
             log_every=c.log_every,
             checkpoint_every=c.checkpoint_every,
             measurements=self.workdir / "measurements",
@@ -265,19 +266,6 @@ class Search:
         """A stage's result. Raises ValueError if it is not done."""
         self.require(stage)
         return json.loads((self.workdir / f"{stage}.json").read_text(encoding="utf-8"))
-
-
-def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The settings in which two searches differ, but for those that only say how it is computed."""
-    old, new = flatten(there), flatten(here)
-    out = []
-    for name in (*new, *(x for x in old if x not in new)):
-        section = name.split(".")[0]
-        either_has_none = there.get(section) is None or here.get(section) is None
-        if re.match(HOW, name) or either_has_none or old.get(name, UNSET) == new.get(name, UNSET):
-            continue
-        out.append(f"  {name}: {old.get(name, UNSET)!r} there, {new.get(name, UNSET)!r} here")
-    return out
 
 
 def _settings(wanted: ObjectiveConfig, split_name: str) -> Settings:

@@ -15,7 +15,7 @@ from jet_jax.io import tokenizer_dir
 from jet_jax.mixer_options import build
 from jet_jax.mixers import MIXERS
 from jet_jax.optim import OptimConfig, make_schedule
-from jet_jax.postnas.comparison_config import ComparisonConfig
+from jet_jax.postnas.comparison_config import ArmConfig, ComparisonConfig
 from jet_jax.postnas.inherit import INITS
 from jet_jax.postnas.objectives import FIGURES
 from jet_jax.postnas.paths import PathLaw
@@ -201,7 +201,8 @@ class SearchConfig:
       ablations: another, of one block's variants.
       shapes: another, of one block's shapes at one cache size; the fastest good one is chosen.
       final: what the hybrid has where it keeps no attention: empty for the supernet's linear path
-        as trained, "blocks" or "shapes" for what that comparison chose, or a layer type.
+        as trained, "blocks" or "shapes" for what that comparison chose, aligned as it was there, or
+        a layer type, which is aligned as `align` says.
       final_options: of that layer type, changes to those that match the attention's heads.
       distill: settings of `train.py` for the first run of final training; None for none.
       finetune: the same for the second.
@@ -333,3 +334,18 @@ class SearchConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict of all settings."""
         return dataclasses.asdict(self)
+
+
+def final_comparison(config: SearchConfig) -> ComparisonConfig:
+    """The layer type that `config.final` names, as the one arm of a comparison that only aligns."""
+    return ComparisonConfig(
+        arms={"final": ArmConfig(config.final, config.final_options)},
+        learning_rates=(config.align.optim.lr,),
+        seeds=(config.seed,),
+        init=config.linear.init,
+        refit_batches=config.linear.refit_batches,
+        align_steps=config.align.steps,
+        align_optim=config.align.optim,
+        steps=1,
+        measure=None,
+    )

@@ -42,8 +42,9 @@ def compare_shapes(
       tolerance: fraction of the best decoding speed that a shape must reach.
 
     Returns:
-      `shape`, `options` of the chosen arm, `rule`, `by_objective` (the best shape of each alone),
-      `front` (by objective, against throughput), `dropped`, and `comparison`, the whole result.
+      `shape`, its `arm` and that one's `options`, `rule`, `by_objective` (the best shape of each
+      alone), `front` (by objective, against throughput), `dropped`, and `comparison`, the whole
+      result.
 
     Raises:
       ValueError: arms of several kinds or cache sizes, or without measured speed; no shape that is
@@ -52,19 +53,20 @@ def compare_shapes(
     shapes = check_shape_arms(settings, context)
     summary = compare(settings, folder, context)
     rows = rows_of(summary, shapes)
-    objectives = list(summary["objectives"])
+    objectives = {name: x["more_is_better"] for name, x in summary["objectives"].items()}
     scored = [row for row in rows if all(row[name] is not None for name in objectives)]
     require(bool(scored), "no shape could be trained, so there is nothing to choose from")
     choice = choose(scored, THROUGHPUT, tolerance, objectives)
     names = [row["shape"] for row in scored]
     out = {
         "shape": names[choice.index],
+        "arm": scored[choice.index]["arm"],
         "options": summary["arms"][scored[choice.index]["arm"]]["options"],
         "rule": choice.rule,
         "by_objective": {name: names[i] for name, i in choice.by_objective.items()},
         "front": {
-            name: [row["shape"] for row in pareto(scored, (THROUGHPUT, name))]
-            for name in objectives
+            name: [row["shape"] for row in pareto(scored, {THROUGHPUT: True, name: more})]
+            for name, more in objectives.items()
         },
         "dropped": {names[i]: reason for i, reason in choice.dropped.items()},
     }
@@ -100,16 +102,13 @@ def check_shape_arms(settings: ComparisonConfig, context: ComparisonContext) -> 
 
 
 def rows_of(summary: Mapping[str, Any], shapes: Mapping[str, Shape]) -> list[Row]:
-    """The arms as `hardware_search` takes them: means over seeds, signed so that more is better."""
+    """The arms as `hardware_search` takes them, with means over seeds."""
     rows = []
     for name, arm in summary["arms"].items():
         row: Row = {"arm": name, "shape": str(shapes[name])}
         keys = ("parameters", "cache_bytes", THROUGHPUT, "prefill_tokens_s")
         row |= {key: arm[key] for key in keys}
         row["note"] = arm["speeds"]["note"] or arm["note"]
-        for objective, about in summary["objectives"].items():
-            mean = arm["figures"][objective]["mean"]
-            sign = 1 if about["more_is_better"] else -1
-            row[objective] = None if mean is None else sign * mean
+        row |= {name: figure["mean"] for name, figure in arm["figures"].items()}
         rows.append(row)
     return rows

@@ -147,12 +147,14 @@ def run_comparison(search: Search, name: str) -> dict[str, Any]:
 
 def run_hybrid(search: Search) -> dict[str, Any]:
     """Saves the chosen hybrid as a model directory."""
-    path = search.result("placement")["path"]
     if search.config.final:
-        config, weights = converted(search, path)
+        config, weights, tokens = converted(search)
+        state = f"aligned on {tokens:,} tokens" if tokens else "untrained"
     else:
+        path = search.result("placement")["path"]
         config = search.net.hybrid(path)
         weights = search.net.extract(search.params(), path)
+        state = "as the supernet trained them"
     target = search.workdir / "model"
     tokenizer = io.tokenizer_dir(search.config.teacher)
     checkpoint.save_model(target, config, weights, tokenizer, overwrite=target.exists())
@@ -161,7 +163,7 @@ def run_hybrid(search: Search) -> dict[str, Any]:
     return {
         "model": str(target),
         "layer_types": list(config.layer_types),
-        "new_layers": "untrained" if search.config.final else "as the supernet trained them",
+        "new_layers": state,
         "parameters": config.param_count(),
         "teacher_parameters": full.param_count(),
         "context": context,

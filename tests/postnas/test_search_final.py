@@ -2,11 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 from test_search_stages import DATA, compiled_once, mesh, settings, teacher  # noqa: F401
 
 import jet_jax
+from jet_jax.params import flatten
+from jet_jax.postnas.arm_runs import ArmRuns
+from jet_jax.postnas.final_hybrid import chosen, converted
+from jet_jax.postnas.json_files import write_json
 from jet_jax.postnas.search import Search
+from jet_jax.postnas.search_config import final_comparison
 from jet_jax.postnas.stages import STAGES, is_asked, run
 
 OPTIM = {"lr": 1e-3, "warmup_steps": 1}
@@ -47,6 +53,8 @@ def test_blocks_hybrid_and_final_training_follow_a_placement(teacher, mesh, tmp_
     means = {name: arm["figures"]["text"]["mean"] for name, arm in arms.items()}
     best = min(means, key=means.get)
     assert results["hybrid"]["layer_types"] == [best, best, "attn", best]
+    tokens = search.config.data.batch_size * search.config.data.seq_len  # one step
+    assert results["hybrid"]["new_layers"] == f"aligned on {tokens} tokens"
     assert results["distill"]["last"]["step"] == 2 and results["distill"]["last"]["kl"] > 0
     last = jet_jax.load(results["finetune"]["model"])
     assert list(last.config.layer_types) == results["hybrid"]["layer_types"]
@@ -54,6 +62,23 @@ def test_blocks_hybrid_and_final_training_follow_a_placement(teacher, mesh, tmp_
     for title in ("Comparison of blocks", "Final training, first run", "KL to the teacher"):
         assert title in page
     assert json.loads((tmp_path / "blocks.json").read_text())["reference"] == "gdn"
+
+
+def test_a_layer_type_of_ones_own_choice_is_aligned(teacher, mesh, tmp_path):  # noqa: F811
+    """As `align` says: its weights are no longer those that it starts with."""
+    changes = {"blocks": None, "distill": None, "finetune": None, "final": "retnet"}
+    optim = OPTIM | {"weight_decay": 0.0}
+    search = Search(config(teacher, align={"steps": 1, "optim": optim}, **changes), tmp_path, mesh)
+    search.check()
+    write_json(tmp_path / "placement.json", {"path": [1, 1, 0, 1]})
+    made, weights, tokens = converted(search)
+    assert made.layer_types == ("retnet", "retnet", "attn", "retnet") and tokens > 0
+    before = ArmRuns(
+        "final", final_comparison(search.config), search.comparison(chosen(search)[1]), tmp_path
+    ).start(search.config.seed)
+    for i, moves in enumerate((True, True, False, True)):
+        here, there = (flatten(w["layers"][i]["mixer"]) for w in (weights, before))
+        assert any(not np.array_equal(here[k], there[k]) for k in here) == moves, i
 
 
 def test_what_is_wrong_with_later_stages_is_told_first(teacher, mesh, tmp_path):  # noqa: F811
@@ -65,6 +90,11 @@ def test_what_is_wrong_with_later_stages_is_told_first(teacher, mesh, tmp_path):
         config(teacher, distill=TRAINING | {"stepz": 3})
     with pytest.raises(ValueError, match="blocks: layer type 'gdx' is unknown"):
         config(teacher, blocks=COMPARISON | {"arms": {"gdx": {"kind": "gdx"}}})
+    arms = {"odd": {"kind": "gdn", "options": {"num_heads": 3}}}
+    search = Search(config(teacher, blocks=COMPARISON | {"arms": arms}), tmp_path, mesh)
+    with pytest.raises(ValueError, match="blocks: arm 'odd' cannot start with init='copy'"):
+        search.check()
+    assert not (tmp_path / "search.json").exists()
     search = Search(config(teacher), tmp_path, mesh)
     with pytest.raises(ValueError, match=r"no settings for the stage 'shapes'; add config\.shapes"):
         run(search, "shapes")
