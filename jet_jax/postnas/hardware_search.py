@@ -1,9 +1,8 @@
 """The hardware-aware search: shapes of one cache size, their measured speed and their quality.
 
-A row is a dict: "shape", what `measure` returned, and the scores of a run trained at that shape,
-higher being better (negate a loss). What trains them is not here. Source: Jet-Nemotron
-(arXiv 2508.15884) §2.5, which states no rule of choice; the one of `choose` picks the paper's
-96-256-12 from the paper's numbers.
+A row is a dict: "shape", what `measure` returned, and the scores of a run trained at that shape.
+What trains them is not here. Source: Jet-Nemotron (arXiv 2508.15884) §2.5, which states no rule of
+choice; the one of `choose` picks the paper's 96-256-12 from the paper's numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import dataclasses
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-OBJECTIVES = ("math", "retrieval")
+OBJECTIVES = {"math": True, "retrieval": True}  # name: whether more is better
 INK, POINT, CHOSEN = "#333333", "#9ab8d9", "#c1440e"
 
 
@@ -58,18 +57,18 @@ class Choice:
     rule: str
 
 
-def pareto(points: Sequence[Row], maximise: Sequence[str]) -> list[Row]:
+def pareto(points: Sequence[Row], better: Mapping[str, bool]) -> list[Row]:
     """The points that no other one equals or beats in everything and beats in something.
 
     Args:
       points: rows; those where one of the values is missing or None are left out.
-      maximise: names of values, higher being better.
+      better: names of values, each with whether more is better.
 
     Returns:
       The front, in the order of `points`; of equal points all.
     """
-    whole = [p for p in points if all(p.get(name) is not None for name in maximise)]
-    values = [[p[name] for name in maximise] for p in whole]
+    whole = [p for p in points if all(p.get(name) is not None for name in better)]
+    values = [[p[name] if more else -p[name] for name, more in better.items()] for p in whole]
 
     def beaten(mine: list[Any]) -> bool:
         return any(
@@ -84,19 +83,19 @@ def choose(
     rows: Sequence[Row],
     throughput: str = "decode_tokens_s",
     tolerance: Number = 0.98,
-    objectives: Sequence[str] = OBJECTIVES,
+    objectives: Mapping[str, bool] = OBJECTIVES,
 ) -> Choice:
     """Chooses a shape: of those about as fast as the fastest the best on average.
 
     Rows below `tolerance` times the best throughput are dropped. Over the rest each objective
-    becomes a z-score (0 where all are equal), and the highest mean of these wins, the earlier row
-    at a tie.
+    becomes a z-score (0 where all are equal), signed so that more is better, and the highest mean
+    of these wins, the earlier row at a tie.
 
     Args:
       rows: the candidates.
       throughput: name of the speed, higher being better.
       tolerance: fraction of the best speed that a row must reach, above 0 and at most 1.
-      objectives: names of the scores, higher being better.
+      objectives: names of the scores, each with whether more is better.
 
     Raises:
       ValueError: no row has a throughput, a row that is fast enough lacks a score, or there are
@@ -115,24 +114,26 @@ def choose(
             dropped[i] = f"{speeds[i] / fastest:.3f} of the best {throughput}, under {tolerance}"
     kept = [i for i in range(len(rows)) if i not in dropped]
     totals = dict.fromkeys(kept, 0.0)
-    for name in objectives:
+    by_objective = {}
+    for name, more in objectives.items():
         for i in kept:
             value = rows[i].get(name)
             require(
                 value is not None and math.isfinite(value),
                 f"row {i} ({rows[i].get('shape')}) has {name}={value}; a number is needed",
             )
-        values = [float(rows[i][name]) for i in kept]
+        values = [float(rows[i][name]) * (1 if more else -1) for i in kept]
         mean, deviation = statistics.fmean(values), statistics.pstdev(values)
         for i, value in zip(kept, values, strict=True):
             totals[i] += (value - mean) / deviation / len(objectives) if deviation else 0.0
+        by_objective[name] = kept[values.index(max(values))]
     return Choice(
         index=max(kept, key=lambda i: totals[i]),
         scores=tuple(totals.get(i) for i in range(len(rows))),
-        by_objective={name: max(kept, key=lambda i: rows[i][name]) for name in objectives},
+        by_objective=by_objective,
         dropped=dropped,
         rule=f"{throughput} at least {tolerance} of the best, then the highest mean of the "
-        f"z-scores of {' and '.join(objectives)}",
+        f"z-scores of {' and '.join(_labels(objectives))}",
     )
 
 
@@ -140,18 +141,19 @@ def table(
     rows: Sequence[Row],
     choice: Choice,
     throughput: str = "decode_tokens_s",
-    objectives: Sequence[str] = OBJECTIVES,
+    objectives: Mapping[str, bool] = OBJECTIVES,
 ) -> str:
     """A Markdown table of the rows, the chosen one in bold, and the rule and single bests below.
 
     Cache is that of the whole batch. A cell is empty where the row has no such value.
     """
+    labels = _labels(objectives)
     columns: list[tuple[str, str, float, str]] = [
         ("parameters", "parameters (M)", 1e-6, ",.1f"),
         ("cache_bytes", "cache (MiB)", 2**-20, ",.1f"),
         (throughput, throughput, 1, ",.0f"),
         ("prefill_tokens_s", "prefill_tokens_s", 1, ",.0f"),
-        *((name, name, 1, ".3f") for name in objectives),
+        *((name, label, 1, ".3f") for name, label in zip(objectives, labels, strict=True)),
         ("score", "mean z", 1, "+.2f"),
     ]
     lines = [
@@ -173,6 +175,11 @@ def table(
     return "\n".join([*lines, "", chosen]) + "\n"
 
 
+def _labels(objectives: Mapping[str, bool]) -> list[str]:
+    """The objectives' names with arrows to where better is."""
+    return [f"{name} {'↑' if more else '↓'}" for name, more in objectives.items()]
+
+
 def _name(rows: Sequence[Row], index: int) -> str:
     return str(rows[index].get("shape", index))
 
@@ -182,7 +189,7 @@ def plot(
     path: str | os.PathLike,
     choice: Choice | None = None,
     throughput: str = "decode_tokens_s",
-    objectives: Sequence[str] = OBJECTIVES,
+    objectives: Mapping[str, bool] = OBJECTIVES,
 ) -> Path:
     """Draws throughput against each objective, with the front and the choice marked.
 
@@ -207,21 +214,23 @@ def plot(
     figure, panels = plt.subplots(
         1, len(objectives), figsize=(width, 4), dpi=150, layout="constrained", squeeze=False
     )
-    for axes, name in zip(panels[0], objectives, strict=True):
-        front = sorted(pareto(rows, (throughput, name)), key=lambda row: row[throughput])
+    named = zip(objectives.items(), _labels(objectives), strict=True)
+    for axes, ((name, more), label) in zip(panels[0], named, strict=True):
+        front = pareto(rows, {throughput: True, name: more})
+        front.sort(key=lambda row: row[throughput])
         axes.plot(*([row[key] for row in front] for key in (throughput, name)), color=INK,
                   linewidth=1, linestyle=":", label="front")  # fmt: skip
         for i, row in enumerate(rows):
             if row.get(throughput) is None or row.get(name) is None:
                 continue
             at, chosen = (row[throughput], row[name]), i == choice.index
-            color, size, label = (CHOSEN, 9, "chosen") if chosen else (POINT, 6, None)
+            color, size, legend = (CHOSEN, 9, "chosen") if chosen else (POINT, 6, None)
             faded = 0.4 if i in choice.dropped else 1.0
-            axes.plot(*at, "o", color=color, markersize=size, alpha=faded, label=label)
+            axes.plot(*at, "o", color=color, markersize=size, alpha=faded, label=legend)
             axes.annotate(_name(rows, i), at, xytext=(0, 7), textcoords="offset points",
                           ha="center", fontsize=7, color=CHOSEN if chosen else INK)  # fmt: skip
         axes.set_xlabel(throughput)
-        axes.set_ylabel(name)
+        axes.set_ylabel(label)
         axes.margins(0.15)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e6e6", linewidth=0.8)

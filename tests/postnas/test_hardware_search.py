@@ -198,12 +198,12 @@ def test_the_papers_choice():
 
 def test_choose_at_its_edges():
     fast, slow = {"t": 100.0, "q": 1.0}, {"t": 97.9, "q": 9.0}
-    assert choose([fast, slow], "t", objectives=["q"]).index == 0
-    assert choose([fast, slow | {"t": 98.0}], "t", objectives=["q"]).index == 1
+    assert choose([fast, slow], "t", objectives={"q": True}).index == 0
+    assert choose([fast, slow | {"t": 98.0}], "t", objectives={"q": True}).index == 1
     failed = {"t": None, "note": "decode: out of memory"}
-    choice = choose([failed, slow, fast], "t", objectives=["q"])
+    choice = choose([failed, slow, fast], "t", objectives={"q": True})
     assert choice.index == 2 and choice.dropped[0] == "decode: out of memory"
-    same = choose([fast, fast], "t", objectives=["q"])
+    same = choose([fast, fast], "t", objectives={"q": True})
     assert same.index == 0 and same.scores == (0.0, 0.0)
     for rows, message in (
         ([failed], "no row has a 't'"),
@@ -211,11 +211,11 @@ def test_choose_at_its_edges():
         ([fast, {"t": 99.0, "q": float("nan")}], "q=nan"),
     ):
         with pytest.raises(ValueError, match=message):
-            choose(rows, "t", objectives=["q"])
+            choose(rows, "t", objectives={"q": True})
 
 
 def test_pareto():
-    front = pareto(ROWS, ("decode_tokens_s", "math"))
+    front = pareto(ROWS, {"decode_tokens_s": True, "math": True})
     assert [row["shape"] for row in front] == [
         (128, 576, 4),
         (256, 144, 8),
@@ -223,8 +223,9 @@ def test_pareto():
         (96, 256, 12),
     ]
     points = [{"a": 1, "b": 1}, {"a": 1, "b": 1}, {"a": 1, "b": 0}, {"a": None, "b": 5}]
-    assert pareto(points, ("a", "b")) == points[:2]
-    assert pareto(points, ("b",)) == [points[3]]
+    assert pareto(points, {"a": True, "b": True}) == points[:2]
+    assert pareto(points, {"b": True}) == [points[3]]
+    assert pareto(points, {"a": True, "b": False}) == [points[2]]
 
 
 def test_table_and_picture(tmp_path):
@@ -238,6 +239,22 @@ def test_table_and_picture(tmp_path):
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     path = plot(rows, tmp_path / "new" / "front.svg", choice)
     picture = path.read_text()
+    assert "<!-- math ↑ -->" in picture
     for row in ROWS:  # the labels are comments beside their glyphs
         assert picture.count(f"<!-- {row['shape']} -->") == 2
     assert "<!-- chosen -->" in picture and "<!-- 48-512-12 -->" not in picture
+
+
+def test_where_less_is_better_the_value_itself_is_shown(tmp_path):
+    rows = [
+        {"shape": shape, "decode_tokens_s": 100.0 + i, "kl": kl}
+        for i, (shape, kl) in enumerate({"8-8-4": 0.25, "16-8-2": 0.125, "8-16-2": 0.5}.items())
+    ]
+    objectives = {"kl": False}
+    choice = choose(rows, tolerance=0.9, objectives=objectives)
+    assert choice.index == choice.by_objective["kl"] == 1 and "of kl ↓" in choice.rule
+    text = table(rows, choice, objectives=objectives)
+    assert "| kl ↓ |" in text and "| **0.125** |" in text
+    picture = plot(rows, tmp_path / "front.svg", choice, objectives=objectives).read_text()
+    assert "<!-- kl ↓ -->" in picture and "<!-- 0.5 -->" in picture
+    assert "<!-- −" not in picture  # no negative tick
