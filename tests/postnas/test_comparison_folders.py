@@ -73,9 +73,9 @@ def test_finished_runs_that_lack_an_objective_are_named(context, tmp_path):
 def test_a_folder_belongs_to_one_text_and_one_way_of_tuning(context, tmp_path):
     arms = [ArmRuns(name, SETTINGS, context, tmp_path / name) for name in SETTINGS.arms]
 
-    def checking(**changes):
+    def checking(settings=SETTINGS, **changes):
         there = dataclasses.replace(context, **changes)
-        check_folder(SETTINGS, there, arms, judges_of(SETTINGS, there), tmp_path)
+        check_folder(settings, there, arms, judges_of(settings, there), tmp_path)
 
     def refused(**changes):
         with pytest.raises(ValueError, match="holds another comparison") as caught:
@@ -95,6 +95,7 @@ def test_a_folder_belongs_to_one_text_and_one_way_of_tuning(context, tmp_path):
     assert "objectives.text.rows: " in refused(objectives=(objective("text", 8),))
 
     faster = dataclasses.replace(context.data, num_threads=0, prefetch=0)
-    checking(data=faster, objectives=context.objectives[:1])
+    otherwise = dataclasses.replace(SETTINGS, remat="none", accumulation=2, keep_weights=True)
+    checking(otherwise, data=faster, objectives=context.objectives[:1])
     changed = (context.objectives[0], objective("recall", 8, "accuracy"))
     assert "objectives.recall.rows: " in refused(objectives=changed)
