@@ -2,7 +2,8 @@
 
     python search.py --config=configs/search_smollm.py --workdir=runs/search
 
-Stages: align, supernet, placement, blocks, ablations, shapes, hybrid, distill, finetune, report.
+Stages: align, supernet, placement, blocks, ablations, shapes, hybrid, distill, finetune,
+evaluate, report.
 Those that the config has settings for run in turn, or one alone with --stage. What is done is not
 done again, and a stage that was killed goes on from its newest checkpoint: run the same command
 again. SIGTERM or Ctrl-C saves and ends it.
@@ -64,6 +65,8 @@ def search_all(search: Search, only: str | None) -> None:
         said = [f"{stage}: {time.perf_counter() - start:.1f} s"]
         if stage == "placement":
             said.append(f"full attention in layers {result['full']['layers']}")
+        if stage == "evaluate":
+            said += ["\n" + (search.workdir / "evaluation.md").read_text(encoding="utf-8")]
         said += [str(result[name]) for name in ("model", "report") if name in result]
         display.say(", ".join(said))
 

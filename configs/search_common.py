@@ -27,7 +27,9 @@ from jet_jax.train_config import DistributedConfig, MeshConfig
 def defaults() -> Any:
     """A `ConfigDict` of all settings; `objective` adds what to search by, `comparison` blocks."""
     sections = ("data", "linear", "align", "supernet", "placement", "mesh", "distributed")
-    config = fields(SearchConfig, leave_out=(*sections, *COMPARED, *TRAINED, "final_options"))
+    config = fields(
+        SearchConfig, leave_out=(*sections, *COMPARED, *TRAINED, "final_options", "measure")
+    )
     config.data = fields(DataConfig)
     config.linear = fields(LinearConfig, leave_out=("options",))
     config.linear.options = ConfigDict()
@@ -42,6 +44,7 @@ def defaults() -> Any:
     config.placement.objectives = ConfigDict()
     config.mesh = fields(MeshConfig)
     config.distributed = fields(DistributedConfig)
+    config.measure = fields(MeasureConfig)
     return config
 
 

@@ -8,9 +8,8 @@ r"""The whole of PostNAS at the paper's size: from Qwen2.5-1.5B to a model like 
 Tokens as in arXiv 2508.15884: 50 billion for the supernet, 50 for each block, shape and the first
 run of final training, 350 for the second; a million a step. What the paper leaves open is decided
 in docs/postnas.md. Nothing of this size has been run with it: it is checked to build, and the
-supernet's step to fit one 80 GB device at 8 rows of 4,096 tokens (comparisons take a whole batch at
-once and need a pod). `:small` takes the same stages with a two-hundredth of the tokens, copied
-weights, alignment and KL, the recipe for small budgets.
+supernet's step to fit one 80 GB device at 8 rows of 4,096 tokens. `:small` takes the same stages
+with a two-hundredth of the tokens, copied weights, alignment and KL, the recipe for small budgets.
 """
 
 from configs import distill, distill_all
@@ -64,7 +63,7 @@ def get_config(arg=""):
 
     shared = {
         "align_steps": config.align.steps, "steps": steps, "tuning_steps": steps // 10,
-        "init": config.linear.init, "seeds": (0, 1), "remat": "full",
+        "init": config.linear.init, "seeds": (0, 1), "accumulation": config.supernet.accumulation,
     }  # fmt: skip
     config.blocks = comparison(block_arms(), reference="gdn", **shared)
     jet = {} if small else {"num_heads": 12, "head_dim": 96, "expand_v": 2.6666666667}

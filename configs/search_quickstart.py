@@ -20,6 +20,7 @@ from jet_jax.postnas.arms import shape_arms
 
 RECALL = Path(__file__).resolve().parent.parent / "data" / "recall"
 TEACHERS = ("1-4", "2-4", "1-3")
+SIZES = {"context": 64, "batch": 2, "prefill_length": 64, "chunk": 32, "repeats": 3}  # of timings
 
 
 def get_config(arg=""):
@@ -51,6 +52,7 @@ def get_config(arg=""):
     config.placement.full = 2
     config.placement.curve = (1, 2, 3)
     config.checkpoint_every = 50
+    config.measure.update(SIZES)
     if not arg:
         _add_other_stages(config, search)
     return config
@@ -69,8 +71,7 @@ def _add_other_stages(config, held_out):
         config[name].remat = "none"
         config[name].optim.warmup_steps = config[name].align_optim.warmup_steps = 2
         config[name].align_optim.lr = 1e-2
-        sizes = {"context": 64, "batch": 2, "prefill_length": 64, "chunk": 32, "repeats": 3}
-        config[name].measure.update(sizes)
+        config[name].measure.update(SIZES)
     config.final = "blocks"
     for name, stage in (("distill", distill), ("finetune", distill_all)):
         config[name] = stage.get_config()

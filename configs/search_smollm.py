@@ -59,6 +59,7 @@ def get_config(arg=""):
         config.placement.objectives.retrieval.gate = None
         config.placement.objectives.text.length = 128
         config.placement.selector = "single"
+        config.measure.update({"context": 128, "batch": 2, "prefill_length": 128, "chunk": 64})
         config.placement.curve = (1,)
         for run in (config.distill, config.finetune):
             run.data.seq_len, run.data.batch_size, run.steps = 128, 2, 2

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jet_jax import data, io, sharding
 from jet_jax.config import ModelConfig
 from jet_jax.distill import Teacher
+from jet_jax.evaluation.rows import Rows
 from jet_jax.evaluation.tasks import Settings, find, read_documents
 from jet_jax.option_checks import require
 from jet_jax.params import split
@@ -59,6 +60,7 @@ class Search:
     config: SearchConfig
     workdir: Path
     mesh: Mesh
+    _rows: dict[tuple[str, str], Rows] = field(default_factory=dict, init=False, repr=False)
 
     # ---- what is known before anything is computed ----------------------------------------------
 
@@ -93,9 +95,18 @@ class Search:
     def objective(self, name: str, split_name: str) -> Objective:
         """An objective with its rows, of a split."""
         wanted = self.config.placement.objectives[name]
-        tokenizer = data.load_tokenizer(self.config.data.tokenizer, self.teacher.vocab_size)
-        rows = find([wanted.task])[wanted.task].rows(tokenizer, _settings(wanted, split_name))
-        return Objective(name, rows, wanted.figure, wanted.gate)
+        if (name, split_name) not in self._rows:
+            task = find([wanted.task])[wanted.task]
+            try:
+                rows = task.rows(self._tokenizer, _settings(wanted, split_name))
+            except ValueError as error:
+                raise ValueError(f"objective {name}, split {split_name!r}: {error}") from error
+            self._rows[name, split_name] = rows
+        return Objective(name, self._rows[name, split_name], wanted.figure, wanted.gate)
+
+    @cached_property
+    def _tokenizer(self) -> data.TextTokenizer:
+        return data.load_tokenizer(self.config.data.tokenizer, self.teacher.vocab_size)
 
     def check(self) -> None:
         """Finds what is wrong with the settings before any compute is spent.
@@ -152,6 +163,8 @@ class Search:
                     ArmRuns(arm, settings, context, self.workdir).check()
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
+        for name in place.objectives:
+            self.objective(name, "test")  # what the evaluation at the end asks
         for name in TRAINED:
             if getattr(c, name) is not None:
                 run = TrainConfig.from_dict(c.training(name, c.teacher))

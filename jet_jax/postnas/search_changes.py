@@ -13,7 +13,7 @@ from jet_jax.postnas.search_config import COMPARED, TRAINED
 UNSET = "not set"
 # Settings that say how a search is computed, not what it is.
 HOW = (
-    r"(mesh|distributed)\.|(log_every|checkpoint_every|compile_cache)$",
+    r"(mesh|distributed|measure)\.|(log_every|checkpoint_every|compile_cache)$",
     r"data\.(num_threads|prefetch)$",
     r"placement\.(batch_size|chunk)$",
     r"supernet\.(accumulation|remat)$",

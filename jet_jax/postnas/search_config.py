@@ -15,7 +15,7 @@ from jet_jax.io import tokenizer_dir
 from jet_jax.mixer_options import build
 from jet_jax.mixers import MIXERS
 from jet_jax.optim import OptimConfig, make_schedule
-from jet_jax.postnas.comparison_config import ArmConfig, ComparisonConfig
+from jet_jax.postnas.comparison_config import ArmConfig, ComparisonConfig, MeasureConfig
 from jet_jax.postnas.inherit import INITS
 from jet_jax.postnas.objectives import FIGURES
 from jet_jax.postnas.paths import PathLaw
@@ -204,6 +204,7 @@ class SearchConfig:
         as trained, "blocks" or "shapes" for what that comparison chose, aligned as it was there, or
         a layer type, which is aligned as `align` says.
       final_options: of that layer type, changes to those that match the attention's heads.
+      measure: sizes at which the teacher and the hybrid are timed at the end; None times neither.
       distill: settings of `train.py` for the first run of final training; None for none.
       finetune: the same for the second.
       mesh: device mesh.
@@ -226,6 +227,7 @@ class SearchConfig:
     shapes: ComparisonConfig | None = None
     final: str = ""
     final_options: Mapping[str, Any] = field(default_factory=dict)
+    measure: MeasureConfig | None = None
     distill: Mapping[str, Any] | None = None
     finetune: Mapping[str, Any] | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -314,6 +316,7 @@ class SearchConfig:
             "align": StageConfig,
             "supernet": SupernetConfig,
             "placement": PlacementConfig,
+            "measure": MeasureConfig,
             "mesh": MeshConfig,
             "distributed": DistributedConfig,
         }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jet_jax import metrics
-from jet_jax.postnas import comparison_report, figures, report
+from jet_jax.postnas import comparison_report, figures, final_evaluation, report
 from jet_jax.postnas.search_config import COMPARED, TRAINED, SearchConfig
 
 TITLES = {
@@ -32,9 +32,11 @@ def write_report(workdir: Path, config: SearchConfig) -> Path:
     sections = []
     found = {
         name: json.loads((workdir / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("align", "supernet", "placement", "hybrid", *COMPARED, *TRAINED)
+        for name in ("align", "supernet", "placement", "hybrid", *COMPARED, *TRAINED, "evaluate")
         if (workdir / f"{name}.json").is_file()
     }
+    if "evaluate" in found:
+        sections.append(("What came out", _evaluation(found["evaluate"])))
     if "hybrid" in found:
         sections.append(("The hybrid", _hybrid(found["hybrid"])))
     if "placement" in found:
@@ -75,6 +77,11 @@ def _final(folder: Path, trained: dict[str, Any]) -> list[str]:
         *([report.table(head, rows)] if rows else []),
         report.image(figures.losses(records, folder / "losses.png")),
     ]
+
+
+def _evaluation(evaluation: dict[str, Any]) -> list[str]:
+    table = report.table(*final_evaluation.rows(evaluation))
+    return [table, report.paragraph(final_evaluation.caption(evaluation))]
 
 
 def _hybrid(hybrid: dict[str, Any]) -> list[str]:

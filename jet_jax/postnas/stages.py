@@ -6,6 +6,7 @@
     blocks, ablations, shapes    comparisons of layers in that placement
     hybrid      the model of that placement, for train.py and every command
     distill, finetune            its final training
+    evaluate    all of these models beside the teacher, on items that decided nothing
     report      report.html
 
 A stage that is done has left STAGE.json; it is not run again. Comparisons and final training are
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jet_jax import checkpoint, io, metrics, train_run
-from jet_jax.postnas import figures, report, training
+from jet_jax.postnas import figures, final_evaluation, report, training
 from jet_jax.postnas.comparison import compare
 from jet_jax.postnas.final_hybrid import converted
 from jet_jax.postnas.json_files import read_json, write_json
@@ -193,6 +194,14 @@ def run_training(search: Search, name: str) -> dict[str, Any]:
     }
 
 
+def run_evaluation(search: Search) -> dict[str, Any]:
+    """Scores and times what the search has made."""
+    evaluation = final_evaluation.evaluate(search)
+    text = final_evaluation.table(evaluation)
+    (search.workdir / "evaluation.md").write_text(text, encoding="utf-8")
+    return evaluation
+
+
 def run_report(search: Search) -> dict[str, Any]:
     """Writes report.html from what the other stages left."""
     return {"report": str(write_report(search.workdir, search.config))}
@@ -205,6 +214,7 @@ STAGES: dict[str, Callable[[Search], dict[str, Any]]] = {
     **{name: partial(run_comparison, name=name) for name in COMPARED},
     "hybrid": run_hybrid,
     **{name: partial(run_training, name=name) for name in TRAINED},
+    "evaluate": run_evaluation,
     "report": run_report,
 }
 
@@ -254,7 +264,7 @@ def _made_of(search: Search, stage: str) -> list[str]:
     """The stage, and the later ones that use its result."""
     names = list(STAGES)
     if stage in COMPARED and search.config.final != stage:
-        return [stage, "report"]
+        return [stage, "report"]  # nothing else is made of it
     later = names[names.index(stage) + 1 :]
     return [stage, *(x for x in later if stage not in COMPARED or x not in COMPARED)]
 

@@ -58,8 +58,20 @@ def test_blocks_hybrid_and_final_training_follow_a_placement(teacher, mesh, tmp_
     assert results["distill"]["last"]["step"] == 2 and results["distill"]["last"]["kl"] > 0
     last = jet_jax.load(results["finetune"]["model"])
     assert list(last.config.layer_types) == results["hybrid"]["layer_types"]
+    models = results["evaluate"]["models"]
+    assert list(models) == ["teacher", "hybrid", "distill", "finetune"]
+    assert results["evaluate"]["split"] == "test"
+    kl = {name: model["figures"]["text"]["value"] for name, model in models.items()}
+    assert abs(kl["teacher"]) < 1e-5 and all(kl[name] > 0 for name in models if name != "teacher")
+    assert len(set(kl.values())) == 4  # each is another model
+    assert (tmp_path / "evaluation.md").read_text().count("\n| ") == 4
     page = (tmp_path / "report.html").read_text()
-    for title in ("Comparison of blocks", "Final training, first run", "KL to the teacher"):
+    for title in (
+        "What came out",
+        "Comparison of blocks",
+        "Final training, first run",
+        "KL to the teacher",
+    ):
         assert title in page
     assert json.loads((tmp_path / "blocks.json").read_text())["reference"] == "gdn"
 
