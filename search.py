@@ -27,6 +27,11 @@ from jet_jax.postnas.stage_training import Stopped
 from jet_jax.postnas.stages import STAGES, check_gates, is_asked, run
 from jet_jax.progress import Display
 
+LESS_MEMORY = (
+    "Less memory: supernet.remat=layer, remat=full in comparisons and final training, a larger "
+    "accumulation of any of these, a smaller placement.batch_size or data.batch_size. What is done "
+    "is kept: give the same command again with --config.SECTION.SETTING=VALUE."
+)
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings.", lock_config=True)
 _STAGE = flags.DEFINE_enum(
     "stage", None, list(STAGES), "Runs this stage alone; later ones are to be run anew."
@@ -76,10 +81,12 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells much at each checkpoint
+    memory = command_line.memory_errors("search.py", LESS_MEMORY)
     try:
         config = SearchConfig.from_dict(_CONFIG.value.to_dict())
         search = prepare(config, Path(_WORKDIR.value or command_line.default_workdir()))
-        search_all(search, _STAGE.value)
+        with memory:
+            search_all(search, _STAGE.value)
     except Stopped as stopped:
         print(f"{stopped}. Run the same command again to go on.")
     except (ValueError, OSError, FloatingPointError) as error:

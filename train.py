@@ -24,6 +24,11 @@ from jet_jax.progress import closing_words
 from jet_jax.train_config import TrainConfig
 from jet_jax.train_run import loop, prepare
 
+LESS_MEMORY = (
+    "Less memory: --config.remat=full, a larger --config.accumulation, a smaller "
+    "--config.data.batch_size, or more devices with --config.mesh.fsdp=-1 --config.mesh.data=1. "
+    "The same command goes on from the newest checkpoint."
+)
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -42,7 +47,8 @@ def main(argv):
         run = prepare(config, Path(_WORKDIR.value or command_line.default_workdir()))
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
-    with jax.set_mesh(run.mesh), run.stack:
+    memory = command_line.memory_errors("train.py", LESS_MEMORY)
+    with memory, jax.set_mesh(run.mesh), run.stack:
         finished = loop(run)
     if jax.process_index() == 0:
         curve = loss_curve.plot_loss(run.workdir, config.unigram_entropy)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -36,6 +38,22 @@ def parser(program: str) -> Callable[[Sequence[str]], list[str]]:
         return rest
 
     return parse_flags
+
+
+@contextmanager
+def memory_errors(program: str, way_out: str) -> Iterator[None]:
+    """Turns a device's lack of memory into an error of two lines.
+
+    Args:
+      program: name that the error begins with.
+      way_out: which settings need less.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(f"{program}: error: {str(error).splitlines()[0]}\n{way_out}")
 
 
 def default_workdir() -> str:

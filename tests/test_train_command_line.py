@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from jet_jax import command_line
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "--config=configs/quickstart.py"
@@ -58,3 +61,14 @@ def test_mistakes_are_told_in_a_line(folder, arguments, message):
     error = (folder / f"{run}.err").read_text()
     assert error.startswith("train.py: error: ") and message in error
     assert error.count("\n") == 1, error
+
+
+def test_lack_of_memory_names_the_settings_that_need_less():
+    def fail(text):
+        with command_line.memory_errors("train.py", "Less memory: remat."):
+            raise jax.errors.JaxRuntimeError(text)
+
+    with pytest.raises(SystemExit, match="^train.py: error: RESOURCE_EXHAUSTED: 44 GiB\nLess"):
+        fail("RESOURCE_EXHAUSTED: 44 GiB\nand where it was asked for")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fail("INTERNAL: something else")
