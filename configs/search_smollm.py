@@ -32,11 +32,11 @@ def get_config(arg=""):
     config.data.seq_len = 1024
     config.data.batch_size = 32
     config.align.steps = 250
-    config.align.optim.lr = 2e-3
+    config.align.optim.lr = 4e-3
     config.align.optim.warmup_steps = 25
     config.align.optim.min_lr_ratio = 0.01
     config.supernet.steps = 610
-    config.supernet.optim.lr = 5e-4
+    config.supernet.optim.lr = 1e-3
     config.supernet.optim.warmup_steps = 30
     config.placement.objectives.retrieval = objective("mqar", length=512, num_items=128, gate=0.5)
     config.placement.objectives.text = objective(
@@ -73,7 +73,7 @@ def get_config(arg=""):
         runs["init"] = "random"  # other shapes than the attention's cannot be copied to
         config.shapes = comparison(shapes, reference="64-64-9", **runs)
         for part in (config.blocks, config.ablations, config.shapes):
-            part.align_optim.lr = 2e-3
+            part.align_optim.lr = 4e-3
             part.optim.warmup_steps = part.align_optim.warmup_steps = 10
     elif arg:
         raise ValueError(f"configs/search_smollm.py:{arg}: there are :all and :smoke")
