@@ -10,12 +10,11 @@ from jet_jax.data import DataConfig
 from jet_jax.optim import OptimConfig
 from jet_jax.postnas.comparison_config import ComparisonConfig, MeasureConfig
 from jet_jax.postnas.paths import PathLaw
+from jet_jax.postnas.placement_config import ObjectiveConfig, PlacementConfig
 from jet_jax.postnas.search_config import (
     COMPARED,
     TRAINED,
     LinearConfig,
-    ObjectiveConfig,
-    PlacementConfig,
     SearchConfig,
     StageConfig,
     SupernetConfig,

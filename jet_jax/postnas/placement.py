@@ -25,7 +25,7 @@ from jet_jax.evaluation.statistics import bootstrap
 from jet_jax.postnas import selectors
 from jet_jax.postnas.path_scores import PathScorer
 from jet_jax.postnas.paths import LINEAR, path_of
-from jet_jax.postnas.search_config import PlacementConfig
+from jet_jax.postnas.placement_config import PlacementConfig
 from jet_jax.postnas.selectors import Beam, Layers
 
 
@@ -117,7 +117,7 @@ class Placement:
         choose = {
             "single": selectors.single,
             "kl_greedy": selectors.greedy,
-            "random": lambda free, k, score: selectors.random_layers(free, k, 0),
+            "random": lambda free, k, score: selectors.random_layers(free, k, c.seed),
             "halo_ratio": partial(_halo, self.sets, c.general, window_on),
         }.get(c.selector, Beam(c.beam_width))
         if c.selector == "uniform" and window_on is None:

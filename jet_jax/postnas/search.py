@@ -33,11 +33,11 @@ from jet_jax.postnas.json_files import plain, write_json
 from jet_jax.postnas.objectives import Objective, check_objectives
 from jet_jax.postnas.path_scores import PathScorer
 from jet_jax.postnas.placement import Placement
+from jet_jax.postnas.placement_config import ObjectiveConfig
 from jet_jax.postnas.search_changes import changes
 from jet_jax.postnas.search_config import (
     COMPARED,
     TRAINED,
-    ObjectiveConfig,
     SearchConfig,
     final_comparison,
 )
