@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jet_jax.commands.model_options import add_model_options, dtype_of
+
 if TYPE_CHECKING:
     from jet_jax.detokenize import Detokenizer
     from jet_jax.generation import Piece, Timing
@@ -37,12 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
     add("--top-p", type=float, metavar="P", help="sample within the likeliest probability mass P")
     add("--seed", type=int, default=0, metavar="N", help="of the sampling; default 0")
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="of weights and computation; by default float32 on a CPU and bfloat16 elsewhere",
-    )
-    add("--tokenizer", metavar="DIR", help="by default the one in the model's directory")
+    add_model_options(parser)
     add("--chat", action="store_true", help="put each prompt into the model's chat template")
     add("--no-echo", action="store_true", help="print only the new text (as --chat does)")
     add("--stats", action="store_true", help="print tokens/s to standard error in the end")
@@ -80,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     where = find_tokenizer(args.model, args.tokenizer)
     tokenizer = load_matching(where, config)
     prompts = [encode(tokenizer, text, args.chat) for text in texts]
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype_of(args)
     generator = Generator(load(args.model, dtype=dtype))
     timing = Timing() if args.stats else None
     pieces = generator.stream(

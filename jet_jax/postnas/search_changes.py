@@ -60,7 +60,7 @@ def unused(workdir: Path) -> list[str]:
     if not (workdir / "hybrid.json").exists():
         out.append("final(_options)?")
     if not (workdir / "placement.json").exists():
-        scored = (workdir / "placement" / "scores.json").exists()
+        scored = (workdir / "placement" / "scores.jsonl").exists()
         of_scores = r"(objectives|window$)" if scored else r"window$"  # paths train with the window
         out.append(rf"placement\.(?!{of_scores})")
     return out

@@ -107,7 +107,7 @@ def run_placement(search: Search) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     params = search.params()
     scorer = search.scorer(params)
-    known = folder / "scores.json"
+    known = folder / "scores.jsonl"
     if known.exists():
         scorer.load(known)
     display = Display(0, live=False)
@@ -253,7 +253,7 @@ def run(search: Search, stage: str) -> dict[str, Any]:
     for later in _made_of(search, stage):
         (search.workdir / f"{later}.json").unlink(missing_ok=True)
     if stage in ("align", "supernet"):  # whose weights the known scores are of
-        (search.workdir / "placement" / "scores.json").unlink(missing_ok=True)
+        (search.workdir / "placement" / "scores.jsonl").unlink(missing_ok=True)
     result = STAGES[stage](search)
     if jax.process_index() == 0:
         write_json(search.workdir / f"{stage}.json", result)

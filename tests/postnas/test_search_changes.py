@@ -34,7 +34,7 @@ def test_what_no_result_depends_on_may_change(tmp_path):
     assert changed(tmp_path, supernet={"remat": "layer"}) == []
 
     (tmp_path / "placement").mkdir()
-    (tmp_path / "placement" / "scores.json").write_text("[]")
+    (tmp_path / "placement" / "scores.jsonl").write_text("[]")
     other = {"text": {"task": "mqar"}}
     assert changed(tmp_path, placement={"selector": "single"}) == []
     assert changed(tmp_path, placement={"objectives": other}) == ["placement.objectives.text.task"]

@@ -157,7 +157,7 @@ def test_a_killed_stage_goes_on_with_the_same_losses(done, teacher, mesh, tmp_pa
         with pytest.raises(Killed):
             run(other, "align")
     assert not other.is_done("align")
-    scores = other.workdir / "placement" / "scores.json"
+    scores = other.workdir / "placement" / "scores.jsonl"
     scores.parent.mkdir()
     scores.write_text("[]")
     run(other, "align")
