@@ -47,6 +47,7 @@ class Run:
     sample: TextSampler | None
     stack: ExitStack  # what has to be closed in the end
     flops_per_token: float = 0.0  # of a step
+    stopped: bool = False  # whether the loop was asked to stop, be it in its last step
 
 
 def prepare(config: TrainConfig, workdir: Path) -> Run:
@@ -134,7 +135,7 @@ def check_finite(n, values):
 
 
 def loop(run: Run) -> bool:
-    """Trains to the last step. Returns False if it was asked to stop before."""
+    """Trains to the last step, or until it is asked to stop. Returns whether the last is done."""
     config, state, last, start = run.config, run.state, run.config.steps, int(run.state.step)
     writer = run.stack.enter_context(closing(metrics.MetricWriter(run.workdir, start)))
     trace = metrics.Profiler(run.workdir, config.profile_start, config.profile_steps)
@@ -197,4 +198,5 @@ def loop(run: Run) -> bool:
         if stopping:
             display.say(f"{stop.name or 'Asked to stop'}: saving step {n}.")
             break
-    return not stopping or recorded == last
+    run.stopped = stopping or bool(stop.name)  # the last evaluation comes after `stop.at`
+    return recorded >= last

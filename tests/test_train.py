@@ -225,27 +225,61 @@ def test_number_formats_do_not_make_another_model(uninterrupted):
     checkpoints.close()
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
-    """The gradient is lost at step 2, whose metrics are not due, and a checkpoint is."""
-    config = read_config("--config.log_every=10", "--config.checkpoint_every=2")
+@contextlib.contextmanager
+def made_up_run(workdir, *arguments, at_step, valid=()):
+    """A run without a model; `at_step(n)` is called in step n and gives metrics other than 1."""
+    config = read_config(*arguments)
 
     def train_step(state, batch):
         state = TrainState(state.step + 1, {}, {}, {})
         names = ("loss", "grad_norm", "accuracy", "tokens", "lr")
-        values = dict.fromkeys(names, jax.numpy.ones(()))
-        return state, values | ({"grad_norm": jax.numpy.nan} if state.step == 2 else {})
+        return state, dict.fromkeys(names, jax.numpy.ones(())) | at_step(state.step)
 
     checkpoints = mock.Mock(spec=TrainCheckpoints)
     batches = mock.MagicMock(spec=TrainIterator)
     batches.__next__.return_value = {"tokens": np.zeros((8, 16), np.int32)}
     with contextlib.ExitStack() as stack:
-        run = train_run.Run(
-            config, tmp_path, config.model, train_run.sharding.make_mesh(8),
-            TrainState(0, {}, {}, {}), train_step, None, batches, [], checkpoints, None, stack,
+        yield train_run.Run(
+            config, workdir, config.model, train_run.sharding.make_mesh(8),
+            TrainState(0, {}, {}, {}), train_step, None, batches, list(valid), checkpoints, None,
+            stack,
         )  # fmt: skip
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    """The gradient is lost at step 2, whose metrics are not due, and a checkpoint is."""
+    settings = ("--config.log_every=10", "--config.checkpoint_every=2")
+
+    def at_step(n):
+        return {"grad_norm": jax.numpy.nan} if n == 2 else {}
+
+    with made_up_run(tmp_path, *settings, at_step=at_step) as run:
         with pytest.raises(FloatingPointError, match="grad_norm is nan at step 2"):
             train.loop(run)
-    assert not checkpoints.save.called
+    assert not run.checkpoints.save.called
+
+
+@pytest.mark.parametrize(("at", "finished"), [(2, False), (12, True), ("evaluation", True)])
+def test_a_stop_is_noted_whenever_it_comes(tmp_path, monkeypatch, at, finished):
+    """In the last step, or in the evaluation after it, the run is finished as well."""
+    steps = []
+
+    def at_step(n):
+        steps.append(n)
+        if n == at:
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    def evaluate(*args):
+        if at == "evaluation" and steps == list(range(1, 13)):
+            signal.raise_signal(signal.SIGTERM)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(train_run.step, "evaluate", evaluate)
+    with made_up_run(tmp_path, at_step=at_step, valid=[{}]) as run:
+        assert train.loop(run) == finished
+    assert run.stopped
+    assert run.checkpoints.save.call_args.args[0] == steps[-1] == (12 if finished else 2)
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ class Loop:
           data: the batches, from their beginning.
 
         Raises:
-          Stopped: after SIGTERM or Ctrl-C, when the step in hand is saved.
+          Stopped: after SIGTERM or Ctrl-C, when the step in hand is saved, be it the last.
           FloatingPointError: loss or gradient are no numbers any more; nothing is saved then.
         """
         checkpoints = StageCheckpoints(self.directory, shardings=self.shardings)
@@ -163,7 +163,7 @@ class Loop:
 
     def _loop(self, state, step, data, checkpoints, display, stop, writer, start):
         speed = metrics.Throughput(self.flops_per_token, metrics.peak_flops())
-        recorded = start
+        recorded, stopping = start, False
         for n in range(start + 1, self.steps + 1):
             state, values = step(state, sharding.put_batch(next(data), self.mesh))
             display.step(n)
@@ -183,8 +183,10 @@ class Loop:
                 display.train(n, values)
             if saves:
                 checkpoints.save(n, state, data)
-            if stopping and not last:
-                raise Stopped(f"{self.name}: saved step {n} of {self.steps}")
+            if stopping:
+                break
+        if stopping or stop.name:  # by name: asked while the last step was waited for
+            raise Stopped(f"{self.name}: saved step {recorded} of {self.steps}")
         return state
 
 

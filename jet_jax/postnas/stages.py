@@ -182,7 +182,8 @@ def run_training(search: Search, name: str) -> dict[str, Any]:
     folder = search.workdir / name
     training = train_run.prepare(config, folder)
     with jax.set_mesh(training.mesh), training.stack:
-        if not train_run.loop(training):
+        train_run.loop(training)
+        if training.stopped:  # also in the last step: nothing is to come after it
             raise Stopped(f"{name}: saved on request")
     valid = metrics.read_records(folder, "valid")
     return {

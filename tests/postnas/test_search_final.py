@@ -1,18 +1,22 @@
 """What follows a placement: comparisons of layers, the hybrid of the best one, final training."""
 
 import json
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from test_search_stages import DATA, compiled_once, mesh, settings, teacher  # noqa: F401
 
 import jet_jax
+from jet_jax import train_run
 from jet_jax.params import flatten
 from jet_jax.postnas.arm_runs import ArmRuns
 from jet_jax.postnas.final_hybrid import chosen, converted
 from jet_jax.postnas.json_files import write_json
 from jet_jax.postnas.search import Search
 from jet_jax.postnas.search_config import final_comparison
+from jet_jax.postnas.stage_training import Stopped
 from jet_jax.postnas.stages import STAGES, is_asked, run
 
 OPTIM = {"lr": 1e-3, "warmup_steps": 1}
@@ -74,6 +78,17 @@ def test_blocks_hybrid_and_final_training_follow_a_placement(teacher, mesh, tmp_
     ):
         assert title in page
     assert json.loads((tmp_path / "blocks.json").read_text())["reference"] == "gdn"
+
+
+def test_a_training_stopped_in_its_last_step_ends_the_search(teacher, mesh, tmp_path, monkeypatch):  # noqa: F811
+    search = Search(config(teacher), tmp_path, mesh)
+    write_json(tmp_path / "hybrid.json", {"model": str(teacher)})
+    training = SimpleNamespace(mesh=mesh, stack=ExitStack(), stopped=True)
+    monkeypatch.setattr(train_run, "prepare", lambda *args: training)
+    monkeypatch.setattr(train_run, "loop", lambda run: True)  # its last step is done
+    with pytest.raises(Stopped, match="distill"):
+        run(search, "distill")
+    assert not search.is_done("distill")
 
 
 def test_a_layer_type_of_ones_own_choice_is_aligned(teacher, mesh, tmp_path):  # noqa: F811

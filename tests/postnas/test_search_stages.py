@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from jet_jax.models.lm import HybridLM
 from jet_jax.postnas import stages
 from jet_jax.postnas.search import Search
 from jet_jax.postnas.search_config import SearchConfig
+from jet_jax.postnas.stage_training import Stopped
 from jet_jax.postnas.stages import check_gates, run
 from jet_jax.sharding import make_mesh
 
@@ -169,6 +171,38 @@ def test_a_killed_stage_goes_on_with_the_same_losses(done, teacher, mesh, tmp_pa
 
     mine, theirs = losses(other.workdir), losses(search.workdir)
     assert mine[6] == theirs[6] and set(theirs) <= set(mine)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stop_in_a_stages_last_step_ends_the_search(teacher, mesh, tmp_path, late):
+    """Asked for within the step, or when its results are waited for; the step is saved."""
+    search = Search(settings(teacher), tmp_path, mesh)
+    make, write = stages.training.make_align_step, stages.metrics.MetricWriter.write
+
+    def stopping(*args):
+        step = make(*args)
+
+        def one(state, batch):
+            if state.step == 5 and not late:
+                signal.raise_signal(signal.SIGTERM)
+            return step(state, batch)
+
+        return one
+
+    def writing(writer, n, *args):
+        if n == 6 and late:
+            signal.raise_signal(signal.SIGTERM)
+        write(writer, n, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages.training, "make_align_step", stopping)
+        patch.setattr(stages.metrics.MetricWriter, "write", writing)
+        with pytest.raises(Stopped, match="saved step 6 of 6"):
+            run(search, "align")
+    assert not search.is_done("align")
+    before = (tmp_path / "align" / "metrics.jsonl").read_text()
+    assert run(search, "align")["steps"] == 6  # passes straight through
+    assert (tmp_path / "align" / "metrics.jsonl").read_text() == before
 
 
 def test_a_stage_does_not_go_on_from_what_grew_from_another(done, teacher, mesh, tmp_path):
