@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jet_jax.evaluation.rows import Rows
+from jet_jax.evaluation.scoring import EDGES, summarise_buckets
 
 # Figure -> whether more is better. Figures by position are written "kl@512-2047".
 FIGURES = {
@@ -33,9 +34,12 @@ class Objective:
       rows: the items, of the split "search".
       figure: of `FIGURES`; `accuracy`, `accuracy_norm`, `loss` and `choice_loss` are a question's,
         `nll`, `kl` and `agree` a token's, the latter two against the teacher. A token's may name
-        positions: `kl@512-2047`.
+        positions, a bucket of `evaluation.scoring` that the rows have tokens in: `kl@512-2047`.
       gate: what the teacher must reach in `figure` (at least, or at most where less is better) for
         the task to say anything; None for no gate. KL has none: the teacher's is 0.
+
+    Raises:
+      ValueError: for a figure that is unknown or that the rows cannot give, or no items.
     """
 
     name: str
@@ -58,6 +62,23 @@ class Objective:
             )
         if self.rows.num_items == 0:
             raise ValueError(f"objective {self.name}: there are no items; give it data")
+        if at:
+            self._check_positions()
+
+    def _check_positions(self) -> None:
+        figure, _, where = self.figure.partition("@")
+        known, filled = _buckets(np.ones(len(EDGES) + 1)), _buckets(_tokens_by_bucket(self.rows))
+        if where not in known:
+            raise ValueError(
+                f"objective {self.name}: figure {self.figure!r} names no known positions; use one "
+                f"of {', '.join(f'{figure}@{name}' for name in known)}"
+            )
+        if where not in filled:
+            raise ValueError(
+                f"objective {self.name}: figure {self.figure!r} has nothing to score, as rows of "
+                f"{self.rows.tokens.shape[1]} tokens hold answers at {', '.join(filled)} only; "
+                "name positions among these, or give it longer rows"
+            )
 
     @property
     def more_is_better(self) -> bool:
@@ -69,19 +90,10 @@ class Objective:
 
         Args:
           results: what `summarise` gives, with `buckets`.
-
-        Raises:
-          ValueError: the rows have none of it, such as no token at these positions.
         """
         figure, _, where = self.figure.partition("@")
         if figure in OF_TOKENS:
-            buckets = results["buckets"]
-            if (where or "all") not in buckets:
-                raise ValueError(
-                    f"objective {self.name}: no token at positions {where}; there are "
-                    f"{', '.join(buckets)}"
-                )
-            return float(buckets[where or "all"][figure])
+            return float(results["buckets"][where or "all"][figure])
         return float(results[figure])
 
     def score(self, results: Mapping[str, Any]) -> float:
@@ -120,3 +132,14 @@ def check_objectives(objectives: Sequence[Objective]) -> None:
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise ValueError(f"two objectives are called {double[0]!r}; names are to differ")
+
+
+def _tokens_by_bucket(rows: Rows) -> np.ndarray:
+    """The number of tokens that are scored in each bucket of positions."""
+    bucket = np.searchsorted(EDGES, rows.positions[rows.answers != 0], side="right")
+    return np.bincount(bucket, minlength=len(EDGES) + 1)
+
+
+def _buckets(tokens: np.ndarray) -> list[str]:
+    """The names of the buckets that have tokens."""
+    return [name for name in summarise_buckets({"tokens": tokens}) if name != "all"]

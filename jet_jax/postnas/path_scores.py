@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 
 from jet_jax import sharding
 from jet_jax.evaluation.scoring import (
-    EDGES,
     item_sums,
     perplexity_by_bucket,
     summarise,
@@ -47,7 +46,6 @@ class PathScorer:
       mesh: the mesh that the weights lie on.
       batch_size: rows at a time.
       chunk: candidates a call.
-      edges: of the position buckets.
       advance: called with the number of candidates done, for a progress bar.
       known: what has been scored; saved with `table` and filled again on a resume.
     """
@@ -58,7 +56,6 @@ class PathScorer:
     mesh: Mesh
     batch_size: int = 8
     chunk: int = 16
-    edges: tuple[int, ...] = EDGES
     advance: Callable[[int], None] = lambda count: None
     known: dict[Choices, dict[str, Results]] = field(default_factory=dict)
 
@@ -67,7 +64,7 @@ class PathScorer:
         where = shardings(self.params, self.mesh), sharding.replicated(self.mesh)
         batch = sharding.batch_sharding(self.mesh)
         self._sums = jax.jit(
-            partial(_sums, self.net, self.edges),
+            partial(_sums, self.net),
             static_argnums=3,
             in_shardings=(*where, batch),
             out_shardings=sharding.replicated(self.mesh),
@@ -105,7 +102,7 @@ class PathScorer:
                     items, buckets = jax.tree.map(lambda x, i=i: x[i], total)
                     summary = summarise(objective.rows, items)
                     del summary["per_item"]  # questions are enough, and thousands of paths add up
-                    summary["buckets"] = summarise_buckets(buckets, self.edges)
+                    summary["buckets"] = summarise_buckets(buckets)
                     results[objective.name] = summary
         self.known |= dict(zip(part, found, strict=True))
 
@@ -170,7 +167,7 @@ def _plain(x: Any) -> Any:
     return x.tolist() if isinstance(x, np.ndarray) else x
 
 
-def _sums(net, edges, params, paths, batch, num_items):
+def _sums(net, params, paths, batch, num_items):
     """Sums over the items and the position buckets of a batch: a leading axis of candidates."""
     tokens, segment_ids, positions = (batch[k] for k in ("tokens", "segment_ids", "positions"))
     head = net.head_kernel(params)
@@ -185,7 +182,7 @@ def _sums(net, edges, params, paths, batch, num_items):
         answers = batch["answers"]
         return (
             item_sums(scores, answers, num_items),
-            perplexity_by_bucket(scores, positions, answers != 0, edges),
+            perplexity_by_bucket(scores, positions, answers != 0),
         )
 
     return jax.lax.map(one, paths)

@@ -7,6 +7,7 @@ import pytest
 
 from jet_jax.evaluation import retrieval
 from jet_jax.evaluation.harness import Forward, evaluate
+from jet_jax.evaluation.rows import Passage, pack
 from jet_jax.postnas.objectives import Objective, check_objectives
 from jet_jax.postnas.path_scores import PathScorer
 from jet_jax.sharding import make_mesh
@@ -92,17 +93,31 @@ def test_scores_are_added_to_their_file(scorer, tmp_path):
 
 @pytest.mark.parametrize(
     ("figure", "message"),
-    [("acuracy", "is unknown"), ("loss@0-127", "is unknown"), ("choice_loss", "free answers")],
+    [
+        ("acuracy", "is unknown"),
+        ("loss@0-127", "is unknown"),
+        ("choice_loss", "free answers"),
+        ("kl@512-1023", "objective x: .* use one of kl@0-127, kl@128-511, kl@512-2047, kl@2048-$"),
+        ("nll@", "names no known positions"),
+        ("kl@128-511", "objective x: .* rows of 48 tokens hold answers at 0-127 only; .* longer"),
+    ],
 )
 def test_figures_that_do_not_fit_are_refused(figure, message):
     with pytest.raises(ValueError, match=message):
         Objective("x", ROWS, figure)
 
 
-def test_positions_without_tokens_are_refused(scorer):
-    far = Objective("far", ROWS, "kl@512-2047")
-    with pytest.raises(ValueError, match="no token at positions 512-2047; there are 0-127"):
-        far.value(scorer(PATHS)[tuple(PATHS[0])]["text"])
+def test_only_positions_that_are_scored_count():
+    """Two texts in one row, with answers at their positions 300 and 199."""
+    passages = [
+        Passage([1] * before).ask([2]).write([1] * after) for before, after in ((301, 40), (200, 9))
+    ]
+    rows = pack(passages, 600, name="two")
+    assert len(rows.tokens) == 1
+    Objective("x", rows, "kl@128-511")
+    for where in ("0-127", "512-2047", "2048-"):
+        with pytest.raises(ValueError, match="answers at 128-511 only"):
+            Objective("x", rows, f"kl@{where}")
 
 
 def test_objectives_need_names_of_their_own():
