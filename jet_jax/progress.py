@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from rich.table import Table
 
 from jet_jax import optim, sharding
 from jet_jax.params import flatten
+
+SAY_EVERY = 10.0  # seconds between the lines that tell of a count where there is no live line
 
 
 class Display:
@@ -37,6 +40,7 @@ class Display:
         quiet = jax.process_index() != 0
         self.console = Console(soft_wrap=True, highlight=False, quiet=quiet, width=width)
         self._steps = steps
+        self._began = self._said = time.monotonic()  # a count, and its last line
         self._progress = None
         if live and self.console.is_terminal and not self.console.quiet:
             columns = (
@@ -64,6 +68,26 @@ class Display:
         else:
             left = (self._steps - step) * values["step_seconds"]
             self.say(f"step {step}/{self._steps}  {text}  {_clock(left)} left")
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Shows how far something is that is counted from 0: in the live line, or now and then.
+
+        Args:
+          what: is counted, for the screen.
+          done: how many are done; 0 begins a new count.
+          total: how many there will be.
+        """
+        now = time.monotonic()
+        if done == 0:
+            self._began = now
+        if self._progress is not None and done == 0:
+            self._progress.reset(self._task, total=total, text=what)
+        elif self._progress is not None:
+            self._progress.update(self._task, completed=done)
+        elif done and now - self._said >= SAY_EVERY:
+            self._said = now
+            left = (now - self._began) / done * (total - done)
+            self.say(f"{what} {done}/{total}  {_clock(left)} left")
 
     def say(self, text: str) -> None:
         """Prints text as it is, above the live line."""

@@ -1,6 +1,7 @@
 """Records, throughput, the picture, and what the terminal shows."""
 
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -98,3 +99,26 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     line = capsys.readouterr().out
     assert "step 40/100" in line and "loss 1.5000" in line and "MFU 41.0%" in line
     assert "2:00 left" in line
+
+
+def test_counts_are_told_now_and_then_where_there_is_no_terminal(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    display = progress.Display(0)
+    for at, done in ((0, 0), (4, 16), (12, 48), (20, 80), (24, 96), (30, 0), (60, 10)):
+        clock[0] = at
+        display.count("paths", done, 400)
+    display.close()
+    assert capsys.readouterr().out.split("\n") == [
+        "paths 48/400  1:28 left", "paths 96/400  1:16 left", "paths 10/400  19:30 left", ""
+    ]  # fmt: skip
+
+
+def test_a_live_count_begins_anew(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display = progress.Display(0)
+    for done in (0, 2, 3, 0, 1):
+        display.count("paths", done, 3)
+    display.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert "1/3 paths" in shown.split("\r")[-1]

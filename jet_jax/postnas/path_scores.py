@@ -46,7 +46,8 @@ class PathScorer:
       mesh: the mesh that the weights lie on.
       batch_size: rows at a time.
       chunk: candidates a call.
-      advance: called with the number of candidates done, for a progress bar.
+      advance: called with the number of paths that a call has scored, from 0 and after each chunk,
+        and of all that it will score.
       known: what has been scored; saved with `table` and filled again on a resume.
     """
 
@@ -56,7 +57,7 @@ class PathScorer:
     mesh: Mesh
     batch_size: int = 8
     chunk: int = 16
-    advance: Callable[[int], None] = lambda count: None
+    advance: Callable[[int, int], None] = lambda done, total: None
     known: dict[Choices, dict[str, Results]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,10 +82,12 @@ class PathScorer:
         """
         wanted = [tuple(int(x) for x in path) for path in paths]
         missing = [path for path in dict.fromkeys(wanted) if path not in self.known]
+        if missing:
+            self.advance(0, len(missing))
         for start in range(0, len(missing), self.chunk):
             part = missing[start : start + self.chunk]
             self._score(part)
-            self.advance(len(part))
+            self.advance(start + len(part), len(missing))
         return {path: self.known[path] for path in wanted}
 
     def _score(self, part: list[Choices]) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jet_jax import checkpoint, io, metrics, train_run
 from jet_jax.postnas import figures, final_evaluation, report, training
@@ -110,16 +109,10 @@ def run_placement(search: Search) -> dict[str, Any]:
     known = folder / "scores.jsonl"
     if known.exists():
         scorer.load(known)
-    display = Display(0, live=False)
-    columns = (
-        TextColumn("scoring"), BarColumn(20), MofNCompleteColumn(), TextColumn("paths, left"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=display.console, transient=True) as progress:
-        task = progress.add_task("", total=None)
+    with closing(Display(0)) as display:
 
-        def advance(count: int) -> None:
-            progress.advance(task, count)
+        def advance(done: int, total: int) -> None:
+            display.count("scoring paths", done, total)
             scorer.save(known)
 
         scorer.advance = advance

@@ -41,6 +41,18 @@ def test_scores_are_those_of_the_path_alone(scorer):
     assert abs(kl[0]) < 1e-6 and 0.01 < kl[1] and 0.01 < kl[2]
 
 
+def test_a_call_tells_how_many_of_its_paths_are_scored(scorer):
+    told = []
+    other = PathScorer(
+        scorer.net, scorer.params, scorer.objectives[:1], scorer.mesh, batch_size=4, chunk=2,
+        advance=lambda *count: told.append(count),
+    )  # fmt: skip
+    other(PATHS)
+    other(PATHS[:1])  # known
+    other([[0, 1, 1, 0], *PATHS])
+    assert told == [(0, 3), (2, 3), (3, 3), (0, 1), (1, 1)]
+
+
 def test_a_trained_attention_is_compared_with_the_teachers(scorer):
     trained = jax.tree.map(lambda x: 1.5 * x, scorer.params["full"])
     other = PathScorer(

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import jet_jax
+from jet_jax import progress
 from jet_jax.models.lm import HybridLM
 from jet_jax.postnas import stages
 from jet_jax.postnas.search import Search
@@ -171,6 +172,16 @@ def test_a_killed_stage_goes_on_with_the_same_losses(done, teacher, mesh, tmp_pa
 
     mine, theirs = losses(other.workdir), losses(search.workdir)
     assert mine[6] == theirs[6] and set(theirs) <= set(mine)
+
+
+def test_placement_tells_how_far_it_is(done, teacher, mesh, tmp_path, capsys, monkeypatch):
+    search, results = done
+    workdir = tmp_path / "copy"
+    shutil.copytree(search.workdir, workdir)
+    (workdir / "placement" / "scores.jsonl").unlink()
+    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
+    assert run(Search(settings(teacher), workdir, mesh), "placement") == results["placement"]
+    assert "scoring paths 4/4  0:00 left" in capsys.readouterr().out  # the heat map
 
 
 @pytest.mark.parametrize("late", [False, True])
