@@ -13,11 +13,8 @@ from jax.sharding import Mesh
 
 from jet_jax.data import DataConfig
 from jet_jax.distill import Teacher
-from jet_jax.evaluation import harness
 from jet_jax.models.lm import HybridLM
 from jet_jax.postnas.objectives import Objective
-
-OF_TEACHER = ("kl", "agree")  # figures that compare with the teacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +49,9 @@ class ComparisonContext:
     measurements: Path | None = None
 
     def score(self, model: HybridLM, objective: Objective) -> dict[str, Any]:
-        """What `harness.evaluate` gives, beside the teacher where the figure needs it."""
-        beside = self.reader if objective.figure.partition("@")[0] in OF_TEACHER else None
+        """What `Objective.evaluate` gives."""
         with jax.set_mesh(self.mesh):
-            return harness.evaluate(model, objective.rows, self.batch_size, beside)
+            return objective.evaluate(model, self.reader, self.batch_size)
 
     def figures(self, model: HybridLM, objectives: Sequence[Objective]) -> dict[str, float]:
         """A model's figures by objective."""

@@ -13,15 +13,15 @@ import jax
 import numpy as np
 
 from jet_jax import io
-from jet_jax.evaluation import harness, statistics
+from jet_jax.evaluation import statistics
 from jet_jax.evaluation.comparisons import texts_of
 from jet_jax.models.lm import HybridLM
-from jet_jax.postnas.comparison_context import OF_TEACHER
 from jet_jax.postnas.measuring import measure
 from jet_jax.postnas.objectives import Objective
 from jet_jax.postnas.report import markdown
 from jet_jax.postnas.search import Search
 from jet_jax.postnas.search_config import TRAINED
+from jet_jax.progress import Display
 
 SPEEDS = ("decode_tokens_s", "prefill_tokens_s")
 SPLIT = "test"
@@ -36,7 +36,8 @@ def evaluate(search: Search) -> dict[str, Any]:
       `parameters`, `cache_bytes` of one sequence at `context` tokens, and `figures` by objective:
       `value`, and for a figure of questions `difference`, its own less the teacher's with `low` and
       `high`, the 95 % bootstrap interval over texts; and where `config.measure` is set, `measure`
-      and for the teacher and the last model `decode_tokens_s` and `prefill_tokens_s`.
+      and for the teacher and the last model `decode_tokens_s`, `prefill_tokens_s`, `device` and
+      `note`, as `measure` gives them.
 
     Raises:
       ValueError: there is no hybrid yet.
@@ -45,19 +46,22 @@ def evaluate(search: Search) -> dict[str, Any]:
     made = ["hybrid", *(name for name in TRAINED if search.is_done(name))]
     places = {"teacher": c.teacher} | {name: search.result(name)["model"] for name in made}
     objectives = [search.objective(name, SPLIT) for name in c.placement.objectives]
+    display = Display(0, live=False)
     context = c.measure.context if c.measure else search.teacher.max_position_embeddings
     teacher = _load(search, c.teacher)
     models: dict[str, Any] = {}
     questions: dict[str, Any] = {}  # the teacher's, by objective
     for name, place in places.items():
         model = teacher if name == "teacher" else _load(search, place)
+        found: dict[str, Any] = {}
         models[name] = {
             "parameters": model.config.param_count(),
             "cache_bytes": model.config.cache_bytes(context),
-            "figures": {},
+            "figures": found,
         }
         for objective in objectives:
-            results = _score(search, model, objective, teacher)
+            with jax.set_mesh(search.mesh):
+                results = objective.evaluate(model, teacher, c.placement.batch_size)
             own = objective.questions(results)
             if name == "teacher":
                 questions[objective.name] = own
@@ -65,12 +69,13 @@ def evaluate(search: Search) -> dict[str, Any]:
             if own is not None and name != "teacher":
                 sign = 1 if objective.more_is_better else -1
                 difference = _difference(objective, sign * own, sign * questions[objective.name])
-            figures = {"value": objective.value(results), "difference": difference}
-            models[name]["figures"][objective.name] = figures
+            found[objective.name] = {"value": objective.value(results), "difference": difference}
+        values = (f"{o.name} {o.figure} {found[o.name]['value']:.4g}" for o in objectives)
+        display.say(f"{name}: {', '.join(values)}")
         if c.measure and name in ("teacher", made[-1]):
             sizes = dataclasses.asdict(c.measure)
-            found = measure(model.config, **sizes, directory=search.workdir / "measurements")
-            models[name] |= {speed: found[speed] for speed in (*SPEEDS, "device", "note")}
+            timed = measure(model.config, **sizes, directory=search.workdir / "measurements")
+            models[name] |= {key: timed[key] for key in (*SPEEDS, "device", "note")}
     return {
         "split": SPLIT,
         "objectives": {
@@ -91,12 +96,6 @@ def _load(search: Search, place: str) -> HybridLM:
     model = io.load(place, dtype=search.teacher.dtype, mesh=search.mesh)
     model.scan_layers = True
     return model
-
-
-def _score(search: Search, model: HybridLM, objective: Objective, teacher: HybridLM) -> Any:
-    beside = teacher if objective.figure.partition("@")[0] in OF_TEACHER else None
-    with jax.set_mesh(search.mesh):
-        return harness.evaluate(model, objective.rows, search.config.placement.batch_size, beside)
 
 
 def _difference(objective: Objective, own: np.ndarray, teachers: np.ndarray) -> dict[str, float]:
@@ -140,6 +139,9 @@ def caption(evaluation: Mapping[str, Any]) -> str:
             f"prefill: {sizes['prefill_batch']} x {sizes['prefill_length']:,} tokens, "
             f"{sizes['chunk']:,} at a time; random weights of the same shapes, on {device}."
         )
+    for name, model in evaluation["models"].items():
+        if model.get("note"):  # why a speed is missing
+            text += f" {name}: {model['note']}."
     return text
 
 

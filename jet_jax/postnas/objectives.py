@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jet_jax.evaluation import harness
 from jet_jax.evaluation.rows import Rows
 from jet_jax.evaluation.scoring import EDGES, summarise_buckets
+from jet_jax.models.lm import HybridLM
 
 # Figure -> whether more is better. Figures by position are written "kl@512-2047".
 FIGURES = {
@@ -22,6 +24,7 @@ FIGURES = {
     "agree": True,
 }
 OF_TOKENS, OF_CHOICES = ("nll", "kl", "agree"), ("accuracy_norm", "choice_loss")
+OF_TEACHER = ("kl", "agree")  # that compare with the teacher
 PER_QUESTION = {"accuracy": "correct", "accuracy_norm": "correct_norm"}
 
 
@@ -84,6 +87,17 @@ class Objective:
     def more_is_better(self) -> bool:
         """Whether a higher figure is a better one."""
         return FIGURES[self.figure.partition("@")[0]]
+
+    def evaluate(self, model: HybridLM, teacher: HybridLM, batch_size: int) -> dict[str, Any]:
+        """What `harness.evaluate` gives of a model, beside the teacher where the figure needs it.
+
+        Args:
+          model: on the mesh that is set.
+          teacher: over the same vocabulary.
+          batch_size: rows at a time.
+        """
+        beside = teacher if self.figure.partition("@")[0] in OF_TEACHER else None
+        return harness.evaluate(model, self.rows, batch_size, beside)
 
     def value(self, results: Mapping[str, Any]) -> float:
         """The figure among the results of one path.

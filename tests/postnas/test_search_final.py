@@ -47,7 +47,7 @@ def config(teacher, **changes):  # noqa: F811
     return settings(teacher, **(values | changes))
 
 
-def test_blocks_hybrid_and_final_training_follow_a_placement(teacher, mesh, tmp_path):  # noqa: F811
+def test_blocks_hybrid_and_final_training_follow_a_placement(teacher, mesh, tmp_path, capsys):  # noqa: F811
     search = Search(config(teacher), tmp_path, mesh)
     search.check()
     asked = [stage for stage in STAGES if is_asked(search.config, stage)]
@@ -68,6 +68,7 @@ def test_blocks_hybrid_and_final_training_follow_a_placement(teacher, mesh, tmp_
     kl = {name: model["figures"]["text"]["value"] for name, model in models.items()}
     assert abs(kl["teacher"]) < 1e-5 and all(kl[name] > 0 for name in models if name != "teacher")
     assert len(set(kl.values())) == 4  # each is another model
+    assert f"\nfinetune: text kl {kl['finetune']:.4g}\n" in capsys.readouterr().out
     assert (tmp_path / "evaluation.md").read_text().count("\n| ") == 4
     page = (tmp_path / "report.html").read_text()
     for title in (
