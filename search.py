@@ -22,15 +22,16 @@ from ml_collections import config_flags
 
 from jet_jax import command_line, processes, sharding
 from jet_jax.postnas.search import Search
-from jet_jax.postnas.search_config import SearchConfig
+from jet_jax.postnas.search_config import STAGES, SearchConfig
 from jet_jax.postnas.stage_training import Stopped
-from jet_jax.postnas.stages import STAGES, check_gates, is_asked, run
+from jet_jax.postnas.stages import check_gates, is_asked, run
 from jet_jax.progress import Display
 
 LESS_MEMORY = (
     "Less memory: supernet.remat=layer, remat=full in comparisons and final training, a larger "
-    "accumulation of any of these, a smaller placement.batch_size or data.batch_size. What is done "
-    "is kept: give the same command again with --config.SECTION.SETTING=VALUE."
+    "accumulation of any stage, a smaller placement.batch_size. What is done is kept: give the "
+    "same command again with --config.SECTION.SETTING=VALUE (another accumulation of a comparison "
+    "only after its folder is deleted)."
 )
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings.", lock_config=True)
 _STAGE = flags.DEFINE_enum(

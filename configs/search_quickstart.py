@@ -61,10 +61,14 @@ def get_config(arg=""):
 def _add_other_stages(config, held_out):
     """Comparisons of two arms each, the best block, and both runs of final training."""
     jet = {"num_heads": 2, "head_dim": 8, "expand_v": 2.0}
+    retnet = {"num_heads": 2, "expand_k": 0.25, "expand_v": 0.5}
     variants = ablation_arms(jet)
-    blocks = {"gdn": {"kind": "gdn", "options": jet}, "jet": {"kind": "jet", "options": jet}}
+    blocks = {
+        "jet": {"kind": "jet", "options": jet},
+        "retnet": {"kind": "retnet", "options": retnet},
+    }
     ablations = {name: variants[name] for name in ("jet", "no-conv")}
-    shapes = shape_arms("gdn", 2 * 8 * 16, shapes=("8-16-2", "16-16-1"))
+    shapes = shape_arms("jet", 2 * 8 * 16, shapes=("8-16-2", "16-16-1"))
     for name, arms in (("blocks", blocks), ("ablations", ablations), ("shapes", shapes)):
         config[name] = comparison(arms, steps=10, init="random", remat="none")
         config[name].learning_rates, config[name].seeds = (2e-3,), (0,)

@@ -30,14 +30,14 @@ def get_config(arg=""):
     config.teacher = "models/smollm2"
     config.data.train = (str(DATA / "train.jsonl"),)
     config.data.seq_len = 1024
-    config.data.batch_size = 32
-    config.align.steps = 250
+    config.data.batch_size = 16
+    config.align.steps = 500
     config.align.optim.lr = 4e-3
-    config.align.optim.warmup_steps = 25
+    config.align.optim.warmup_steps = 50
     config.align.optim.min_lr_ratio = 0.01
-    config.supernet.steps = 610
+    config.supernet.steps = 1220
     config.supernet.optim.lr = 1e-3
-    config.supernet.optim.warmup_steps = 30
+    config.supernet.optim.warmup_steps = 60
     config.placement.objectives.retrieval = objective("mqar", length=512, num_items=128, gate=0.5)
     config.placement.objectives.text = objective(
         "perplexity", figure="kl", length=1024, documents=(str(DATA / "valid.jsonl"),)
@@ -66,7 +66,7 @@ def get_config(arg=""):
             run.optim.warmup_steps = 1
     elif arg == "all":
         # 2 million tokens of alignment and 3 of distillation for each arm and seed.
-        runs = {"align_steps": 60, "steps": 90, "tuning_steps": 60, "init": "copy"}
+        runs = {"align_steps": 120, "steps": 180, "tuning_steps": 120, "init": "copy"}
         config.blocks = comparison(block_arms(), reference="gdn", **runs)
         config.ablations = comparison(ablation_arms(), reference="gdn", **runs)
         shapes = shape_arms("gdn", 9 * 64 * 64, heads=(3, 6, 9))
@@ -74,7 +74,7 @@ def get_config(arg=""):
         config.shapes = comparison(shapes, reference="64-64-9", **runs)
         for part in (config.blocks, config.ablations, config.shapes):
             part.align_optim.lr = 4e-3
-            part.optim.warmup_steps = part.align_optim.warmup_steps = 10
+            part.optim.warmup_steps = part.align_optim.warmup_steps = 20
     elif arg:
         raise ValueError(f"configs/search_smollm.py:{arg}: there are :all and :smoke")
     return config

@@ -5,11 +5,13 @@ At a jit boundary weights are a nested dict (layer numbers are int keys); on dis
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jet_jax.config import ModelConfig
@@ -52,3 +54,11 @@ def abstract(config: ModelConfig, param_dtype: Any = jnp.float32) -> tuple[Any, 
     model = nnx.eval_shape(lambda: HybridLM(config, rngs=nnx.Rngs(0), param_dtype=param_dtype))
     graphdef, params = split(model)
     return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+
+def digest(params: Any) -> str:
+    """16 hex digits that tell weights apart: a hash of a tree's arrays, in its order."""
+    total = hashlib.sha256()
+    for x in jax.tree.leaves(params):
+        total.update(np.asarray(jax.device_get(x)).tobytes())
+    return total.hexdigest()[:16]

@@ -90,7 +90,8 @@ class ComparisonConfig:
       trains: patterns of the weights that train in both; alignment trains the new layers alone.
       remat: what a layer keeps for its backward pass, see `jet_jax.models.remat`. "none" is faster
         where memory allows it; training speeds compare at one setting alone.
-      accumulation: parts that a batch is worked off in, to save memory.
+      accumulation: parts that a batch is worked off in, to save memory. Errors are normalised in
+        each part by its own variance, so all arms have one number of parts.
       measure: sizes for decoding and prefill; None times neither.
       keep_weights: whether the trained weights stay on disk. Without them the arm that becomes the
         hybrid is aligned once more.

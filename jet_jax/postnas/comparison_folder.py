@@ -21,7 +21,7 @@ from jet_jax.postnas.objectives import Objective
 
 # Settings that may change between two calls: they add runs, or say how things are computed.
 OPEN = ("arms", "reference", "judged_by", "learning_rates", "seeds", "measure", "keep_weights",
-        "remat", "accumulation")  # fmt: skip
+        "remat")  # fmt: skip
 
 
 def check_folder(
@@ -60,6 +60,7 @@ def check_folder(
             )
         for name in ("arms", "objectives"):  # those that are left out now keep their results
             mine[name] = there[name] | mine[name]
+        mine = there | mine
     _check_judged(arms, judges)
     write_json(path, mine)
 
@@ -70,13 +71,13 @@ def _identity(
     """What the runs and their figures depend on."""
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in OPEN}
     values["first_seed"] = settings.seeds[0]  # whose alignment the learning rates are tried on
-    data, tuning = context.data, context.tuning
+    data, tuning = context.data, {"name": context.tuning.name, **_scored(context.tuning)}
     return {
         "settings": values,
         "path": [int(x) for x in context.path],
         "data": {"train": data.train, "tokenizer": data.tokenizer, **data.stream_settings()},
         "objectives": {o.name: _scored(o) for o in context.objectives},
-        "tuning": {"name": tuning.name, **_scored(tuning)},
+        **({"tuning": tuning} if len(settings.learning_rates) > 1 else {}),
         "arms": {runs.name: runs.config.to_dict() for runs in arms},
     }
 

@@ -44,7 +44,7 @@ def evaluate(search: Search) -> dict[str, Any]:
     """
     c = search.config
     made = ["hybrid", *(name for name in TRAINED if search.is_done(name))]
-    places = {"teacher": c.teacher} | {name: search.result(name)["model"] for name in made}
+    places = {"teacher": c.teacher} | {name: search.model(name) for name in made}
     objectives = [search.objective(name, SPLIT) for name in c.placement.objectives]
     display = Display(0, live=False)
     context = c.measure.context if c.measure else search.teacher.max_position_embeddings

@@ -24,17 +24,18 @@ from jet_jax.evaluation.tasks import Settings, find, read_documents
 from jet_jax.option_checks import require
 from jet_jax.params import split
 from jet_jax.postnas import supernet
-from jet_jax.postnas.arm_runs import ArmRuns
+from jet_jax.postnas.arms import hybrid_config
 from jet_jax.postnas.comparison_config import ComparisonConfig
 from jet_jax.postnas.comparison_context import ComparisonContext
+from jet_jax.postnas.early_checks import check_comparison, check_training
 from jet_jax.postnas.inherit import matched_options
 from jet_jax.postnas.initialise import linear_weights
-from jet_jax.postnas.json_files import plain, write_json
+from jet_jax.postnas.json_files import plain, read_json, write_json
 from jet_jax.postnas.objectives import Objective, check_objectives
 from jet_jax.postnas.path_scores import PathScorer
 from jet_jax.postnas.placement import Placement
 from jet_jax.postnas.placement_config import ObjectiveConfig
-from jet_jax.postnas.search_changes import changes
+from jet_jax.postnas.search_changes import forget, refuse_changes, to_keep
 from jet_jax.postnas.search_config import (
     COMPARED,
     TRAINED,
@@ -73,12 +74,15 @@ class Search:
     @cached_property
     def net(self) -> Supernet:
         """The supernet's structure."""
-        supernet.check_teacher(self.teacher)
+        return self._net_of(self.teacher)
+
+    def _net_of(self, teacher: ModelConfig) -> Supernet:
+        supernet.check_teacher(teacher)
         linear, window = self.config.linear, self.config.placement.window
-        attention = dict(self.teacher.mixers).get("attn") or self.teacher.options("swa")
+        attention = dict(teacher.mixers).get("attn") or teacher.options("swa")
         options = dict(linear.options)
-        made: Any = options or matched_options(linear.kind, attention, self.teacher.hidden_size)
-        return Supernet.of(self.teacher, linear.kind, made, window)
+        made: Any = options or matched_options(linear.kind, attention, teacher.hidden_size)
+        return Supernet.of(teacher, linear.kind, made, window)
 
     @property
     def window(self) -> int | None:
@@ -121,22 +125,17 @@ class Search:
         sharding.check_batch(self.config.placement.batch_size, self.mesh)
         if jax.process_count() > 1:
             raise ValueError("a search runs in one process so far; give it one host's devices")
-        path, mine, there = self.workdir / "search.json", plain(self.config.to_dict()), None
-        if path.exists():
-            there = json.loads(path.read_text(encoding="utf-8"))
-            if changed := changes(there, mine, self.workdir):
-                lines = "\n".join(changed)
-                raise ValueError(
-                    f"{self.workdir} holds another search:\n{lines}\nGive another --workdir, or "
-                    "delete what depends on them (STAGE.json and the folder STAGE, and those of "
-                    "the stages after it)."
-                )
-            if there["placement"]["objectives"] != mine["placement"]["objectives"]:
-                (self.workdir / "gates.json").unlink(missing_ok=True)
+        path, mine = self.workdir / "search.json", plain(self.config.to_dict())
+        there = read_json(path)
+        if there is not None:
+            refuse_changes(there, mine, self.workdir)
+            mine = to_keep(there, mine)
         Placement(self.config.placement, self.scorer({})).check()
         if mine != there:  # it was seen to fit before
             self._check_later_stages()
         self.workdir.mkdir(parents=True, exist_ok=True)
+        if there is not None:
+            forget(there, mine, self.workdir, self.config)
         write_json(path, mine)
 
     def _check_later_stages(self) -> None:
@@ -149,26 +148,21 @@ class Search:
             not compared or place.full + place.windows < self.net.num_layers,
             "the placement keeps every layer, which leaves nothing to compare or to convert",
         )
+        teacher, path = stand_in(self.teacher, place.full, place.windows)
         for name, settings in compared.items():
-            for objective in settings.judged_by:
-                require(
-                    objective in place.objectives,
-                    f"{name}.judged_by: {objective!r} is no objective; there are "
-                    f"{', '.join(place.objectives)}",
-                )
-            context = self._context(settings, *stand_in(self.teacher, place.full, place.windows))
-            sharding.check_batch(c.data.batch_size, self.mesh, settings.accumulation)
-            for arm in settings.arms:
-                try:
-                    ArmRuns(arm, settings, context, self.workdir).check()
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+            check_comparison(name, settings, self._context(settings, teacher, path))
         for name in place.objectives:
             self.objective(name, "test")  # what the evaluation at the end asks
+        if c.final:
+            last = compared[c.final if c.final in COMPARED else "final"]
+            first_arm = next(iter(last.arms.items()))
+            student = hybrid_config(teacher.config, path, *first_arm, self.window)
+        else:
+            student = self._net_of(teacher.config).hybrid(path)
         for name in TRAINED:
             if getattr(c, name) is not None:
                 run = TrainConfig.from_dict(c.training(name, c.teacher))
-                sharding.check_batch(run.data.batch_size, self.mesh, run.accumulation)
+                check_training(name, run, student, self.mesh)
 
     # ---- weights ------------------------------------------------------------------------------
 
@@ -247,13 +241,15 @@ class Search:
         self, settings: ComparisonConfig, teacher: Teacher, path: Sequence[int]
     ) -> ComparisonContext:
         c = self.config
+        # With one learning rate there is nothing to tune.
+        split_name = "tuning" if len(settings.learning_rates) > 1 else "search"
         return ComparisonContext(
             teacher=teacher,
             path=path,
             data=c.data,
             mesh=self.mesh,
             objectives=self.objectives,
-            tuning=self.objective(self.judge(settings), "tuning"),
+            tuning=self.objective(self.judge(settings), split_name),
             window=self.window,
             batch_size=c.placement.batch_size,
             log_every=c.log_every,
@@ -274,6 +270,15 @@ class Search:
                 f"{self.workdir} has no result of the stage {stage!r} yet; run it with "
                 f"--stage={stage}, or all stages without --stage"
             )
+
+    def model(self, stage: str) -> str:
+        """The directory of the model that "hybrid", "distill" or "finetune" has left.
+
+        Raises:
+          ValueError: the stage is not done.
+        """
+        self.require(stage)
+        return str(self.workdir / ("model" if stage == "hybrid" else stage))
 
     def result(self, stage: str) -> dict[str, Any]:
         """A stage's result. Raises ValueError if it is not done."""

@@ -24,6 +24,9 @@ from jet_jax.postnas.training import PathLoss
 from jet_jax.train_config import DistributedConfig, MeshConfig, TrainConfig
 
 COMPARED, TRAINED = ("blocks", "ablations", "shapes"), ("distill", "finetune")
+STAGES = (
+    "align", "supernet", "placement", *COMPARED, "hybrid", *TRAINED, "evaluate", "report",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,17 @@ class LinearConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One training stage: its optimizer and length; 0 steps leave it out."""
+    """The alignment.
+
+    Attributes:
+      steps: optimizer updates; 0 leaves the stage out.
+      optim: optimizer and schedule.
+      accumulation: parts that a batch is worked off in, to save memory.
+    """
 
     steps: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
+    accumulation: int = 1
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,7 @@ class SearchConfig:
         for name, value, least in (
             ("align.steps", self.align.steps, 0),
             ("supernet.steps", self.supernet.steps, 0),
+            ("align.accumulation", self.align.accumulation, 1),
             ("supernet.accumulation", self.supernet.accumulation, 1),
             ("linear.refit_batches", self.linear.refit_batches, 1),
             ("log_every", self.log_every, 1),
@@ -187,7 +198,7 @@ class SearchConfig:
         usual |= {"train": (), "seq_len": None, "batch_size": None}  # which are the run's own
         own = {
             k: v for k, v in dict(values.get("data") or {}).items()
-            if v is not None and v != usual[k] and tuple(np.atleast_1d(v)) != ()
+            if v is not None and v != usual.get(k) and tuple(np.atleast_1d(v)) != ()
         }  # fmt: skip
         values["data"] = dataclasses.asdict(self.data) | own
         values["distill"] = {**dict(values.get("distill") or {}), "teacher": self.teacher}
@@ -248,6 +259,7 @@ def final_comparison(config: SearchConfig) -> ComparisonConfig:
         refit_batches=config.linear.refit_batches,
         align_steps=config.align.steps,
         align_optim=config.align.optim,
+        accumulation=config.align.accumulation,
         steps=1,
         measure=None,
     )

@@ -97,6 +97,11 @@ def _hybrid(hybrid: dict[str, Any]) -> list[str]:
     return [
         report.layers(hybrid["layer_types"]),
         report.table(["", "hybrid", "teacher"], rows),
+        *(
+            [report.paragraph(f"Chosen for the other layers: {hybrid['chosen']}.")]
+            if hybrid["chosen"]
+            else []
+        ),
         report.paragraph(
             f"Saved in {hybrid['model']}, its new layers {hybrid['new_layers']}; train it on with "
             "train.py."

@@ -15,6 +15,7 @@ run where the config has settings for them.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from contextlib import closing
@@ -25,13 +26,16 @@ import jax
 import jax.numpy as jnp
 
 from jet_jax import checkpoint, io, metrics, train_run
+from jet_jax.params import digest
 from jet_jax.postnas import figures, final_evaluation, report, training
 from jet_jax.postnas.comparison import compare
-from jet_jax.postnas.final_hybrid import converted
-from jet_jax.postnas.json_files import read_json, write_json
+from jet_jax.postnas.final_hybrid import chosen, converted
+from jet_jax.postnas.json_files import plain, read_json, write_json
 from jet_jax.postnas.path_optim import make_path_optimizer
+from jet_jax.postnas.paths import LINEAR
 from jet_jax.postnas.placement import Placement
 from jet_jax.postnas.search import Search
+from jet_jax.postnas.search_changes import made_of
 from jet_jax.postnas.search_config import COMPARED, TRAINED, SearchConfig
 from jet_jax.postnas.search_report import write_report
 from jet_jax.postnas.shape_comparison import compare_shapes
@@ -49,7 +53,9 @@ def run_align(search: Search) -> dict[str, Any]:
     trained = {"linear": search.start_weights()}
     optimizer = make_path_optimizer(settings.optim, settings.steps, trained, {})
     state = _state(search, trained, optimizer)
-    step = training.make_align_step(search.net, optimizer, state, search.mesh)
+    step = training.make_align_step(
+        search.net, optimizer, state, search.mesh, accumulation=settings.accumulation
+    )
     return _train(search, "align", 0, settings.steps, state, step)
 
 
@@ -141,11 +147,11 @@ def run_comparison(search: Search, name: str) -> dict[str, Any]:
 
 def run_hybrid(search: Search) -> dict[str, Any]:
     """Saves the chosen hybrid as a model directory."""
+    path = search.result("placement")["path"]
     if search.config.final:
         config, weights, tokens = converted(search)
         state = f"aligned on {tokens:,} tokens" if tokens else "untrained"
     else:
-        path = search.result("placement")["path"]
         config = search.net.hybrid(path)
         weights = search.net.extract(search.params(), path)
         state = "as the supernet trained them"
@@ -157,7 +163,10 @@ def run_hybrid(search: Search) -> dict[str, Any]:
     return {
         "model": str(target),
         "layer_types": list(config.layer_types),
+        "options": plain({kind: dataclasses.asdict(x) for kind, x in config.mixers}),
+        "chosen": chosen(search)[0] if search.config.final else None,
         "new_layers": state,
+        "digest": digest(weights["layers"][path.index(LINEAR)]) if LINEAR in path else None,
         "parameters": config.param_count(),
         "teacher_parameters": full.param_count(),
         "context": context,
@@ -168,9 +177,8 @@ def run_hybrid(search: Search) -> dict[str, Any]:
 
 def run_training(search: Search, name: str) -> dict[str, Any]:
     """Final training by distillation: "distill" from the hybrid, "finetune" from what that gave."""
-    before = search.result("hybrid")["model"]
-    if name == "finetune" and search.config.distill is not None:
-        before = search.result("distill")["model"]
+    is_second = name == "finetune" and search.config.distill is not None
+    before = search.model("distill" if is_second else "hybrid")
     config = TrainConfig.from_dict(search.config.training(name, before))
     folder = search.workdir / name
     training = train_run.prepare(config, folder)
@@ -201,7 +209,7 @@ def run_report(search: Search) -> dict[str, Any]:
     return {"report": str(write_report(search.workdir, search.config))}
 
 
-STAGES: dict[str, Callable[[Search], dict[str, Any]]] = {
+RUN: dict[str, Callable[[Search], dict[str, Any]]] = {
     "align": run_align,
     "supernet": run_supernet,
     "placement": run_placement,
@@ -244,23 +252,14 @@ def run(search: Search, stage: str) -> dict[str, Any]:
     if not is_asked(search.config, stage):
         raise ValueError(f"the config has no settings for the stage {stage!r}; add config.{stage}")
     _check_inputs(search, stage)
-    for later in _made_of(search, stage):
+    for later in made_of(search.config, stage):
         (search.workdir / f"{later}.json").unlink(missing_ok=True)
     if stage in ("align", "supernet"):  # whose weights the known scores are of
         (search.workdir / "placement" / "scores.jsonl").unlink(missing_ok=True)
-    result = STAGES[stage](search)
+    result = RUN[stage](search)
     if jax.process_index() == 0:
         write_json(search.workdir / f"{stage}.json", result)
     return result
-
-
-def _made_of(search: Search, stage: str) -> list[str]:
-    """The stage, and the later ones that use its result."""
-    names = list(STAGES)
-    if stage in COMPARED and search.config.final != stage:
-        return [stage, "report"]  # nothing else is made of it
-    later = names[names.index(stage) + 1 :]
-    return [stage, *(x for x in later if stage not in COMPARED or x not in COMPARED)]
 
 
 # Stages that go on from their own checkpoints, and the results that these grew from.
@@ -273,6 +272,9 @@ GROWN_FROM = {
 
 def _check_inputs(search: Search, stage: str) -> None:
     """Refuses to go on from checkpoints that grew from other results than there are now."""
+    before = "distill" if stage == "finetune" and search.config.distill is not None else "hybrid"
+    if stage in TRAINED:
+        search.require(before)
     mine = {}
     for name in GROWN_FROM.get(stage, ()):
         path = search.workdir / f"{name}.json"

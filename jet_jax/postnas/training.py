@@ -145,7 +145,14 @@ def init_state(params: Mapping[str, Any], optimizer: PathOptimizer) -> TrainStat
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
 
 
-def make_align_step(net: Supernet, optimizer: PathOptimizer, state: TrainState, mesh: Mesh) -> Step:
+def make_align_step(
+    net: Supernet,
+    optimizer: PathOptimizer,
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    accumulation: int = 1,
+) -> Step:
     """Builds the jitted alignment step, `step(state, batch) -> (state, metrics)`.
 
     Args:
@@ -153,6 +160,7 @@ def make_align_step(net: Supernet, optimizer: PathOptimizer, state: TrainState, 
       optimizer: for the group "linear".
       state: the state or its shapes.
       mesh: the mesh; the caller keeps `jax.set_mesh(mesh)` in force.
+      accumulation: as for `make_path_step`.
 
     Returns:
       The step; the old state's buffers are donated, but for the teacher's. Metrics: `loss` (mean
@@ -160,7 +168,13 @@ def make_align_step(net: Supernet, optimizer: PathOptimizer, state: TrainState, 
     """
 
     def align(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        errors, grads = align_errors(net, {**state.params, **state.frozen}, batch)
+        tokens = jnp.maximum(token_mask(batch).sum(), 1.0)
+
+        def share(params, part):
+            found = align_errors(net, {**params, **state.frozen}, part)
+            return jax.tree.map(lambda x: x * (token_mask(part).sum() / tokens), found)
+
+        errors, grads = accumulate(share, state.params, batch, accumulation)
         active = {"linear": jnp.ones(net.num_layers, bool)}
         metrics = {"loss": errors.mean(), "errors": errors}
         return _updated(state, {"linear": grads}, optimizer, active, metrics, mesh)

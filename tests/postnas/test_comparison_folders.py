@@ -94,8 +94,11 @@ def test_a_folder_belongs_to_one_text_and_one_way_of_tuning(context, tmp_path):
     assert "tuning.rows: " in refused(tuning=objective("text", 8))
     assert "objectives.text.rows: " in refused(objectives=(objective("text", 8),))
 
+    with pytest.raises(ValueError, match="settings.accumulation: 1 there, 2 here"):
+        checking(dataclasses.replace(SETTINGS, accumulation=2))
+
     faster = dataclasses.replace(context.data, num_threads=0, prefetch=0)
-    otherwise = dataclasses.replace(SETTINGS, remat="none", accumulation=2, keep_weights=True)
+    otherwise = dataclasses.replace(SETTINGS, remat="none", keep_weights=True)
     checking(otherwise, data=faster, objectives=context.objectives[:1])
     changed = (context.objectives[0], objective("recall", 8, "accuracy"))
     assert "objectives.recall.rows: " in refused(objectives=changed)

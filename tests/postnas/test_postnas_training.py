@@ -166,6 +166,20 @@ def test_alignment_lowers_every_layers_error():
     assert all(jax.tree.leaves(same))
 
 
+def test_an_alignment_in_parts_is_that_of_the_batch():
+    """Rows are doubled, one of each pair to each part: the variance that errors are over is one."""
+    twice = {name: np.repeat(x, 2, axis=0) for name, x in batch().items()}
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    found = []
+    for parts in (1, 2):
+        net, optimizer, state = setup()
+        with jax.set_mesh(mesh):
+            step = training.make_align_step(net, optimizer, state, mesh, accumulation=parts)
+            found.append(jax.device_get(step(copied(state), jax.tree.map(jnp.asarray, twice))[1]))
+    for name in ("loss", "errors", "grad_norm"):
+        np.testing.assert_allclose(found[1][name], found[0][name], rtol=1e-4, err_msg=name)
+
+
 def test_an_alignment_gradient_is_that_of_its_layers_error():
     net, params = nets.supernet(), nets.params()
     given = {k: jnp.asarray(v) for k, v in batch().items()}

@@ -4,9 +4,9 @@ import pytest
 
 import jet_jax
 from configs import search_jet2b, search_quickstart, search_smollm
-from jet_jax.postnas.search_config import SearchConfig
+from jet_jax.postnas.search_config import STAGES, SearchConfig
 from jet_jax.postnas.shapes import Shape
-from jet_jax.postnas.stages import STAGES, is_asked
+from jet_jax.postnas.stages import is_asked
 
 
 def built(config, tmp_path):

@@ -15,9 +15,9 @@ from jet_jax.postnas.arm_runs import ArmRuns
 from jet_jax.postnas.final_hybrid import chosen, converted
 from jet_jax.postnas.json_files import write_json
 from jet_jax.postnas.search import Search
-from jet_jax.postnas.search_config import final_comparison
+from jet_jax.postnas.search_config import STAGES, final_comparison
 from jet_jax.postnas.stage_training import Stopped
-from jet_jax.postnas.stages import STAGES, is_asked, run
+from jet_jax.postnas.stages import is_asked, run
 
 OPTIM = {"lr": 1e-3, "warmup_steps": 1}
 COMPARISON = {
@@ -62,6 +62,7 @@ def test_blocks_hybrid_and_final_training_follow_a_placement(teacher, mesh, tmp_
     assert results["distill"]["last"]["step"] == 2 and results["distill"]["last"]["kl"] > 0
     last = jet_jax.load(results["finetune"]["model"])
     assert list(last.config.layer_types) == results["hybrid"]["layer_types"]
+    assert results["hybrid"]["chosen"] == best and len(results["hybrid"]["digest"]) == 16
     models = results["evaluate"]["models"]
     assert list(models) == ["teacher", "hybrid", "distill", "finetune"]
     assert results["evaluate"]["split"] == "test"
@@ -116,13 +117,28 @@ def test_what_is_wrong_with_later_stages_is_told_first(teacher, mesh, tmp_path):
         config(teacher, final="gdm")
     with pytest.raises(ValueError, match="stepz"):
         config(teacher, distill=TRAINING | {"stepz": 3})
+    with pytest.raises(ValueError, match="sequence_len"):
+        config(teacher, distill=TRAINING | {"data": {"sequence_len": 3}})
     with pytest.raises(ValueError, match="blocks: layer type 'gdx' is unknown"):
         config(teacher, blocks=COMPARISON | {"arms": {"gdx": {"kind": "gdx"}}})
     arms = {"odd": {"kind": "gdn", "options": {"num_heads": 3}}}
     search = Search(config(teacher, blocks=COMPARISON | {"arms": arms}), tmp_path, mesh)
     with pytest.raises(ValueError, match="blocks: arm 'odd' cannot start with init='copy'"):
         search.check()
+    text = TRAINING["data"] | {"valid": ("nowhere.jsonl",)}
+    shapes = {f"{n}": {"kind": "gdn", "options": {"num_heads": n, "head_dim": 8}} for n in (1, 2)}
+    sizes = COMPARISON | {"init": "random", "arms": shapes, "measure": {}}
+    for changed, message in (
+        ({"distill": TRAINING | {"data": text}}, "distill: .*nowhere"),
+        ({"finetune": TRAINING | {"optim": OPTIM | {"freeze": ("mlpp",)}}}, "finetune: .*mlpp"),
+        ({"shapes": sizes}, "shapes: .*at one cache size"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Search(config(teacher, **changed), tmp_path, mesh).check()
     assert not (tmp_path / "search.json").exists()
     search = Search(config(teacher), tmp_path, mesh)
+    with pytest.raises(ValueError, match="no result of the stage 'hybrid' yet"):
+        run(search, "distill")
+    assert not (tmp_path / "distill").exists()
     with pytest.raises(ValueError, match=r"no settings for the stage 'shapes'; add config\.shapes"):
         run(search, "shapes")

@@ -144,8 +144,8 @@ def test_a_killed_stage_goes_on_with_the_same_losses(done, teacher, mesh, tmp_pa
 
     made = stages.training.make_align_step
 
-    def dying(*args):
-        step, calls = made(*args), []
+    def dying(*args, **options):
+        step, calls = made(*args, **options), []
 
         def one(state, batch):
             calls.append(1)
@@ -190,8 +190,8 @@ def test_a_stop_in_a_stages_last_step_ends_the_search(teacher, mesh, tmp_path, l
     search = Search(settings(teacher), tmp_path, mesh)
     make, write = stages.training.make_align_step, stages.metrics.MetricWriter.write
 
-    def stopping(*args):
-        step = make(*args)
+    def stopping(*args, **options):
+        step = make(*args, **options)
 
         def one(state, batch):
             if state.step == 5 and not late:
