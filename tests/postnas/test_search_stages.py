@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import jax
@@ -93,7 +94,11 @@ def done(teacher, mesh, tmp_path_factory):
     """A search that has run all stages."""
     search = Search(settings(teacher), tmp_path_factory.mktemp("search"), mesh)
     search.check()
-    return search, {stage: run(search, stage) for stage in ASKED}
+    with (search.workdir / "said.txt").open("w") as said, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "SAY_EVERY", 0.0)
+        with redirect_stdout(said):
+            results = {stage: run(search, stage) for stage in ASKED}
+    return search, results
 
 
 def test_all_stages_leave_their_results(done):
@@ -174,14 +179,9 @@ def test_a_killed_stage_goes_on_with_the_same_losses(done, teacher, mesh, tmp_pa
     assert mine[6] == theirs[6] and set(theirs) <= set(mine)
 
 
-def test_placement_tells_how_far_it_is(done, teacher, mesh, tmp_path, capsys, monkeypatch):
-    search, results = done
-    workdir = tmp_path / "copy"
-    shutil.copytree(search.workdir, workdir)
-    (workdir / "placement" / "scores.jsonl").unlink()
-    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
-    assert run(Search(settings(teacher), workdir, mesh), "placement") == results["placement"]
-    assert "scoring paths 4/4  0:00 left" in capsys.readouterr().out  # the heat map
+def test_placement_tells_how_far_it_is(done):
+    said = (done[0].workdir / "said.txt").read_text()
+    assert "scoring paths 4/4  0:00 left" in said  # the heat map
 
 
 @pytest.mark.parametrize("late", [False, True])
