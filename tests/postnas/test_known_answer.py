@@ -24,7 +24,7 @@ def test_the_search_keeps_the_two_layers_that_are_needed(name, tmp_path):
         ],
         cwd=ROOT, env=env | {"JAX_PLATFORMS": "cpu"}, check=True,
     )  # fmt: skip
-    done = ("align", "supernet", "placement", "hybrid", "report")
+    done = ("align", "supernet", "placement", "hybrid", "evaluate", "report")
     assert all((tmp_path / f"{stage}.json").exists() for stage in done)
     needed = [int(x) for x in name.split("-")]
     decision = json.loads((tmp_path / "placement.json").read_text())
